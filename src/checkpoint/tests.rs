@@ -1,0 +1,990 @@
+//! One test for each thing that can be wrong with a checkpoint, with the text the user gets;
+//! properties of the header on arbitrary bytes, compared with the `safetensors` crate; and what a
+//! mapped tensor costs in memory.
+
+use std::fs;
+use std::io::Read;
+use std::path::Path;
+
+use proptest::prelude::*;
+use safetensors::{Dtype, SafeTensors};
+use tempfile::TempDir;
+
+use super::*;
+
+const SINGLE: &str = "model.safetensors";
+const INDEX: &str = "model.safetensors.index.json";
+const SHARD_1: &str = "model-00001-of-00002.safetensors";
+const SHARD_2: &str = "model-00002-of-00002.safetensors";
+
+/// A safetensors file: header and data as given, right or wrong.
+fn file(header: &str, data: &[u8]) -> Vec<u8> {
+    let mut bytes = (header.len() as u64).to_le_bytes().to_vec();
+    bytes.extend_from_slice(header.as_bytes());
+    bytes.extend_from_slice(data);
+    bytes
+}
+
+/// A file of `U8` vectors, each filled with its number among them.
+fn file_of(tensors: &[(&str, usize)]) -> Vec<u8> {
+    let mut entries = Vec::new();
+    let mut data = Vec::new();
+    for (number, &(name, length)) in (0..).zip(tensors) {
+        let begin = data.len();
+        data.resize(begin + length, number);
+        entries.push(format!(
+            r#""{name}":{{"dtype":"U8","shape":[{length}],"data_offsets":[{begin},{}]}}"#,
+            data.len()
+        ));
+    }
+    file(&format!("{{{}}}", entries.join(",")), &data)
+}
+
+fn directory(files: &[(&str, &[u8])]) -> TempDir {
+    let dir = tempfile::tempdir().unwrap();
+    for (name, bytes) in files {
+        fs::write(dir.path().join(name), bytes).unwrap();
+    }
+    dir
+}
+
+fn single(bytes: &[u8]) -> TempDir {
+    directory(&[(SINGLE, bytes)])
+}
+
+/// The message with the directory's path written `DIR`.
+fn text(dir: &TempDir, error: &CheckpointError) -> String {
+    error
+        .to_string()
+        .replace(dir.path().to_str().unwrap(), "DIR")
+}
+
+fn open_error(dir: &TempDir) -> String {
+    text(dir, &Checkpoint::open(dir.path()).unwrap_err())
+}
+
+fn header_error(header: &str, data_bytes: usize) -> String {
+    open_error(&single(&file(header, &vec![0; data_bytes])))
+}
+
+// What is there
+
+#[test]
+fn a_single_file_is_a_checkpoint() {
+    let dir = single(&file(
+        r#"{"__metadata__":{"format":"mlx"},
+            "b":{"dtype":"BF16","shape":[2,3],"data_offsets":[0,12]},
+            "a":{"dtype":"F32","shape":[],"data_offsets":[12,16]}}   "#,
+        &[7; 16],
+    ));
+    let checkpoint = Checkpoint::open(dir.path()).unwrap();
+    let listed: Vec<_> = checkpoint
+        .iter()
+        .map(|(name, info)| (name, info.dtype, &info.shape[..], info.bytes()))
+        .collect();
+    assert_eq!(
+        listed,
+        [
+            ("a", Dtype::F32, &[][..], 4),
+            ("b", Dtype::BF16, &[2, 3][..], 12)
+        ]
+    );
+    assert_eq!(checkpoint.total_bytes(), 16);
+    assert_eq!(checkpoint.get("b").unwrap().shape, [2, 3]);
+    assert!(checkpoint.get("c").is_none());
+}
+
+#[test]
+fn an_index_with_two_files_is_a_checkpoint() {
+    let index = format!(
+        r#"{{"metadata":{{"total_size":1}},"weight_map":{{"a":"{SHARD_1}","b":"{SHARD_2}"}}}}"#
+    );
+    let (first, second) = (file_of(&[("a", 3)]), file_of(&[("b", 5)]));
+    let dir = directory(&[
+        (INDEX, index.as_bytes()),
+        (SHARD_1, &first),
+        (SHARD_2, &second),
+    ]);
+    assert_eq!(Checkpoint::open(dir.path()).unwrap().total_bytes(), 8);
+}
+
+#[test]
+fn an_index_with_the_single_file_is_a_checkpoint() {
+    let index = format!(r#"{{"weight_map":{{"a":"{SINGLE}"}}}}"#);
+    let dir = directory(&[(INDEX, index.as_bytes()), (SINGLE, &file_of(&[("a", 3)]))]);
+    assert_eq!(Checkpoint::open(dir.path()).unwrap().total_bytes(), 3);
+}
+
+#[test]
+fn shards_without_an_index_are_a_checkpoint() {
+    let dir = directory(&[
+        (SHARD_1, &file_of(&[("a", 3)])),
+        (SHARD_2, &file_of(&[("b", 5)])),
+    ]);
+    assert_eq!(Checkpoint::open(dir.path()).unwrap().total_bytes(), 8);
+}
+
+#[test]
+fn files_of_older_conversions_are_a_checkpoint() {
+    for names in [
+        ["weights.00.safetensors", "weights.01.safetensors"],
+        ["weights.safetensors", "weights.1.safetensors"],
+    ] {
+        let dir = directory(&[
+            (names[0], &file_of(&[("a", 3)])),
+            (names[1], &file_of(&[("b", 5)])),
+        ]);
+        assert_eq!(Checkpoint::open(dir.path()).unwrap().total_bytes(), 8);
+    }
+}
+
+#[test]
+fn symbolic_links_into_a_cache_are_followed() {
+    let blobs = directory(&[("0123abcd", &file_of(&[("a", 3)]))]);
+    let snapshot = tempfile::tempdir().unwrap();
+    std::os::unix::fs::symlink(blobs.path().join("0123abcd"), snapshot.path().join(SINGLE))
+        .unwrap();
+    let checkpoint = Checkpoint::open(snapshot.path()).unwrap();
+    assert_eq!(
+        checkpoint
+            .reader()
+            .take("a", &[3], &[Dtype::U8])
+            .unwrap()
+            .bytes(),
+        [0, 0, 0]
+    );
+}
+
+#[test]
+fn opening_reads_the_header_and_nothing_else() {
+    struct Counted<R>(R, usize);
+    impl<R: Read> Read for &mut Counted<R> {
+        fn read(&mut self, buffer: &mut [u8]) -> std::io::Result<usize> {
+            let bytes = self.0.read(buffer)?;
+            self.1 += bytes;
+            Ok(bytes)
+        }
+    }
+    let bytes = file_of(&[("a", 1000), ("b", 5000)]);
+    let mut input = Counted(&bytes[..], 0);
+    let header = Header::read(&mut input, bytes.len() as u64, Path::new("f")).unwrap();
+    assert_eq!(input.1 as u64, header.data_start());
+    assert_eq!(input.1, bytes.len() - 6000);
+}
+
+// Directories and indexes
+
+#[test]
+fn a_missing_directory_is_named() {
+    let dir = tempfile::tempdir().unwrap();
+    let error = Checkpoint::open(&dir.path().join("none")).unwrap_err();
+    assert_eq!(
+        text(&dir, &error),
+        "cannot read directory DIR/none: No such file or directory (os error 2)"
+    );
+}
+
+#[test]
+fn an_empty_directory_has_no_weights() {
+    let dir = directory(&[("config.json", b"{}"), ("other.safetensors", b"")]);
+    assert_eq!(
+        open_error(&dir),
+        "DIR: no weights here; expected model.safetensors, model.safetensors.index.json, \
+         model-*.safetensors or weights.*.safetensors. Is this the directory of an MLX checkpoint? \
+         A GGUF file must be imported first: mlx-pipe import MODEL.gguf OUT_DIR"
+    );
+}
+
+#[test]
+fn a_single_file_beside_shards_is_ambiguous() {
+    let (a, b) = (file_of(&[("a", 3)]), file_of(&[("b", 5)]));
+    let index = format!(r#"{{"weight_map":{{"a":"{SHARD_1}","b":"{SHARD_2}"}}}}"#);
+    let files: [(&str, &[u8]); 4] = [
+        (SINGLE, &a),
+        (SHARD_1, &a),
+        (SHARD_2, &b),
+        (INDEX, index.as_bytes()),
+    ];
+    for files in [&files[..3], &files[..]] {
+        assert_eq!(
+            open_error(&directory(files)),
+            "DIR: holds model.safetensors and also \"model-00001-of-00002.safetensors\", so it is \
+             not clear which are the weights; remove one of the two"
+        );
+    }
+}
+
+#[test]
+fn a_missing_shard_is_named() {
+    let dir = directory(&[(SHARD_1, &file_of(&[("a", 3)]))]);
+    assert_eq!(
+        open_error(&dir),
+        "DIR/model-00002-of-00002.safetensors is missing: the names of the other files count 2 \
+         shards; download the checkpoint again"
+    );
+}
+
+#[test]
+fn a_directory_in_place_of_a_file_is_refused() {
+    let dir = tempfile::tempdir().unwrap();
+    fs::create_dir(dir.path().join(SINGLE)).unwrap();
+    assert_eq!(
+        open_error(&dir),
+        "DIR/model.safetensors: not a regular file"
+    );
+}
+
+#[test]
+fn a_link_to_nothing_is_named() {
+    let dir = tempfile::tempdir().unwrap();
+    std::os::unix::fs::symlink("nowhere", dir.path().join(SINGLE)).unwrap();
+    assert_eq!(
+        open_error(&dir),
+        "cannot open DIR/model.safetensors: No such file or directory (os error 2)"
+    );
+}
+
+fn index_error(index: &str, files: &[(&str, &[u8])]) -> String {
+    let dir = directory(files);
+    fs::write(dir.path().join(INDEX), index).unwrap();
+    open_error(&dir)
+}
+
+#[test]
+fn an_index_that_is_not_json_is_refused() {
+    let after = "; download it again, or delete it to go by the files alone";
+    let start = "DIR/model.safetensors.index.json: not a safetensors index: ";
+    for (index, cause) in [
+        ("{", "EOF while parsing an object at line 1 column 1"),
+        ("{}", "missing field `weight_map` at line 1 column 2"),
+        (
+            r#"{"weight_map":{"a":1}}"#,
+            "invalid type: integer `1`, expected a string at line 1 column 20",
+        ),
+        (r#"{"weight_map":{}}"#, "its weight_map is empty"),
+    ] {
+        assert_eq!(index_error(index, &[]), format!("{start}{cause}{after}"));
+    }
+}
+
+#[test]
+fn an_index_naming_a_file_that_is_not_there_is_refused() {
+    assert_eq!(
+        index_error(&format!(r#"{{"weight_map":{{"a":"{SHARD_1}"}}}}"#), &[]),
+        "DIR/model.safetensors.index.json: names \"model-00001-of-00002.safetensors\", which is \
+         not there; download the missing file"
+    );
+}
+
+#[test]
+fn an_index_cannot_lead_out_of_the_directory() {
+    for file in [
+        "../x.safetensors",
+        "/x.safetensors",
+        "a/x.safetensors",
+        "..\\\\x.safetensors",
+        "..",
+        "",
+        "/etc/passwd",
+    ] {
+        assert_eq!(
+            index_error(&format!(r#"{{"weight_map":{{"a":"{file}"}}}}"#), &[]),
+            format!(
+                "DIR/model.safetensors.index.json: tensor \"a\" is said to be in \"{file}\"; \
+                 expected the name of a .safetensors file in the same directory"
+            )
+        );
+    }
+}
+
+#[test]
+fn a_tensor_that_is_not_in_the_file_the_index_names_is_refused() {
+    let index = format!(r#"{{"weight_map":{{"a":"{SINGLE}","b":"{SINGLE}"}}}}"#);
+    assert_eq!(
+        index_error(&index, &[(SINGLE, &file_of(&[("a", 3)]))]),
+        "DIR/model.safetensors.index.json: says that tensor \"b\" is in \"model.safetensors\", but \
+         it is not; index and files belong to different versions: download the checkpoint again, \
+         or delete the index to go by the files alone"
+    );
+    let swapped = format!(r#"{{"weight_map":{{"a":"{SHARD_2}","b":"{SHARD_1}"}}}}"#);
+    let error = index_error(
+        &swapped,
+        &[
+            (SHARD_1, &file_of(&[("a", 3)])),
+            (SHARD_2, &file_of(&[("b", 3)])),
+        ],
+    );
+    assert!(
+        error.contains(
+            "says that tensor \"a\" is in \"model-00002-of-00002.safetensors\", but it is not"
+        ),
+        "{error}"
+    );
+}
+
+#[test]
+fn a_tensor_that_the_index_does_not_list_is_refused() {
+    assert_eq!(
+        index_error(
+            &format!(r#"{{"weight_map":{{"a":"{SINGLE}"}}}}"#),
+            &[(SINGLE, &file_of(&[("a", 3), ("b", 1)]))]
+        ),
+        "DIR/model.safetensors.index.json: does not list tensor \"b\" of \"model.safetensors\"; \
+         index and files belong to different versions: download the checkpoint again, or delete \
+         the index to go by the files alone"
+    );
+}
+
+#[test]
+fn a_tensor_in_two_files_is_refused() {
+    let dir = directory(&[
+        (SHARD_1, &file_of(&[("a", 3)])),
+        (SHARD_2, &file_of(&[("b", 1), ("a", 3)])),
+    ]);
+    assert_eq!(
+        open_error(&dir),
+        "tensor \"a\" is in two files, DIR/model-00001-of-00002.safetensors and \
+         DIR/model-00002-of-00002.safetensors; remove the file that does not belong here"
+    );
+}
+
+// Headers
+
+#[test]
+fn a_file_shorter_than_its_header_length_is_refused() {
+    for length in 0..8 {
+        assert_eq!(
+            open_error(&single(&[0; 8][..length])),
+            format!(
+                "DIR/model.safetensors: the file is shorter than a safetensors file can be: \
+                 expected at least 8 bytes, found {length}; download it again"
+            )
+        );
+    }
+}
+
+#[test]
+fn a_file_that_ends_inside_its_header_is_refused() {
+    let whole = file_of(&[("a", 3)]);
+    let header_end = whole.len() - 3;
+    for length in 8..header_end {
+        assert_eq!(
+            open_error(&single(&whole[..length])),
+            format!(
+                "DIR/model.safetensors: the file ends inside its header: expected at least \
+                 {header_end} bytes, found {length}; download it again"
+            )
+        );
+    }
+}
+
+#[test]
+fn a_header_beyond_the_limit_is_refused_before_it_is_read() {
+    for header_bytes in [MAX_HEADER_BYTES + 1, u64::MAX] {
+        assert_eq!(
+            open_error(&single(&header_bytes.to_le_bytes())),
+            format!(
+                "DIR/model.safetensors: the header says it has {header_bytes} bytes, more than the \
+                 100000000 that safetensors allows; this is not a safetensors file, or it is \
+                 damaged"
+            )
+        );
+    }
+}
+
+#[test]
+fn a_header_that_is_not_utf_8_is_refused() {
+    assert_eq!(
+        open_error(&single(b"\x03\0\0\0\0\0\0\0{\xff}")),
+        "DIR/model.safetensors: the header is not UTF-8 (at header byte 1); this is not a \
+         safetensors file, or it is damaged"
+    );
+}
+
+#[test]
+fn a_header_that_is_not_the_right_json_is_refused() {
+    for (header, cause) in [
+        ("", "EOF while parsing a value at line 1 column 0"),
+        ("{", "EOF while parsing an object at line 1 column 1"),
+        (
+            "[]",
+            "invalid type: sequence, expected an object of tensors by name at line 1 column 0",
+        ),
+        ("{} x", "trailing characters at line 1 column 4"),
+        (
+            r#"{"a":{"dtype":"U8","shape":[0]}}"#,
+            "\"a\": missing field `data_offsets` at line 1 column 31",
+        ),
+        (
+            r#"{"a":{"dtype":"U8","shape":[-1],"data_offsets":[0,0]}}"#,
+            "\"a\": invalid value: integer `-1`, expected usize at line 1 column 30",
+        ),
+        (
+            r#"{"a":{"dtype":"U8","shape":[0],"data_offsets":[0]}}"#,
+            "\"a\": invalid length 1, expected a tuple of size 2 at line 1 column 49",
+        ),
+        (
+            r#"{"__metadata__":{"a":1}}"#,
+            "\"__metadata__\": invalid type: integer `1`, expected a string at line 1 column 22",
+        ),
+        (
+            r#"{"a":{"dtype":"U8","shape":[0],"data_offsets":[0,0]},"a":{}}"#,
+            "\"a\": the name comes twice at line 1 column 56",
+        ),
+    ] {
+        assert_eq!(
+            header_error(header, 0),
+            format!(
+                "DIR/model.safetensors: the header is not a safetensors header: {cause}; the file \
+                 is damaged, download it again"
+            )
+        );
+    }
+}
+
+#[test]
+fn an_unknown_dtype_is_named() {
+    assert_eq!(
+        header_error(
+            r#"{"a":{"dtype":"Q4","shape":[2],"data_offsets":[0,1]}}"#,
+            1
+        ),
+        "DIR/model.safetensors: tensor \"a\": dtype \"Q4\" is unknown; expected a safetensors \
+         dtype such as BF16, F16, F32 or U32"
+    );
+}
+
+#[test]
+fn a_shape_that_overflows_is_refused() {
+    for (dtype, shape) in [
+        ("U8", "[4294967296, 4294967296]"),
+        ("F64", "[1, 4611686018427387904]"),
+    ] {
+        assert_eq!(
+            header_error(
+                &format!(r#"{{"a":{{"dtype":"{dtype}","shape":{shape},"data_offsets":[0,0]}}}}"#),
+                0
+            ),
+            format!(
+                "DIR/model.safetensors: tensor \"a\": the size of {dtype} {shape} overflows; the \
+                 header is damaged"
+            )
+        );
+    }
+}
+
+#[test]
+fn half_a_byte_is_refused() {
+    assert_eq!(
+        header_error(
+            r#"{"a":{"dtype":"F4","shape":[3],"data_offsets":[0,1]}}"#,
+            1
+        ),
+        "DIR/model.safetensors: tensor \"a\": F4 [3] does not fill whole bytes; the header is \
+         damaged"
+    );
+}
+
+#[test]
+fn offsets_must_fit_dtype_and_shape() {
+    for (begin, end) in [(0, 3), (0, 5), (4, 0), (0, usize::MAX)] {
+        assert_eq!(
+            header_error(
+                &format!(r#"{{"a":{{"dtype":"F16","shape":[2],"data_offsets":[{begin},{end}]}}}}"#),
+                4
+            ),
+            format!(
+                "DIR/model.safetensors: tensor \"a\": dtype and shape need 4 bytes, data_offsets \
+                 [{begin}, {end}] disagree; the header is damaged"
+            )
+        );
+    }
+}
+
+/// Two `U8` tensors of four bytes, the second at `begin`.
+fn two_tensors(begin: usize) -> String {
+    let end = begin + 4;
+    format!(
+        r#"{{"b":{{"dtype":"U8","shape":[4],"data_offsets":[{begin},{end}]}},
+             "a":{{"dtype":"U8","shape":[4],"data_offsets":[0,4]}}}}"#
+    )
+}
+
+#[test]
+fn overlapping_tensors_are_refused() {
+    for begin in 1..4 {
+        assert_eq!(
+            header_error(&two_tensors(begin), 8),
+            format!(
+                "DIR/model.safetensors: tensor \"b\" overlaps the one before it: expected to begin \
+                 at 4, found {begin}; the header is damaged"
+            )
+        );
+    }
+}
+
+#[test]
+fn a_hole_between_tensors_is_refused() {
+    assert_eq!(
+        header_error(&two_tensors(5), 9),
+        "DIR/model.safetensors: a hole before tensor \"b\": expected to begin at 4, found 5; the \
+         header is damaged"
+    );
+}
+
+#[test]
+fn tensors_beyond_the_end_of_the_file_are_refused() {
+    let header = two_tensors(4);
+    let expected = 8 + header.len() + 8;
+    for data_bytes in 0..8 {
+        let found = expected - 8 + data_bytes;
+        assert_eq!(
+            header_error(&header, data_bytes),
+            format!(
+                "DIR/model.safetensors: the file is shorter than its header says: expected \
+                 {expected} bytes, found {found}; download it again"
+            )
+        );
+    }
+}
+
+#[test]
+fn bytes_after_the_last_tensor_are_refused() {
+    let header = two_tensors(4);
+    let expected = 8 + header.len() + 8;
+    assert_eq!(
+        header_error(&header, 9),
+        format!(
+            "DIR/model.safetensors: the file is longer than its header says: expected {expected} \
+             bytes, found {}; download it again",
+            expected + 1
+        )
+    );
+}
+
+#[test]
+fn hostile_names_and_shapes_are_shown_escaped_and_short() {
+    let header = format!(
+        r#"{{"\u001b[31m{}":{{"dtype":"{}","shape":[],"data_offsets":[0,0]}}}}"#,
+        "x".repeat(5000),
+        "\\n".repeat(5000)
+    );
+    let error = header_error(&header, 0);
+    assert!(
+        error.len() < 1000 && error.contains(r"\u{1b}[31mxxx") && !error.contains(['\u{1b}', '\n']),
+        "{error}"
+    );
+    let ones = vec!["1"; 5000].join(",");
+    let error = header_error(
+        &format!(r#"{{"a":{{"dtype":"F4","shape":[{ones}],"data_offsets":[0,0]}}}}"#),
+        0,
+    );
+    assert!(
+        error.contains("F4 [1, 1, 1, 1, 1, 1, 1, 1, ... 5000 dimensions]"),
+        "{error}"
+    );
+}
+
+// Taking
+
+#[test]
+fn a_tensor_comes_with_its_bytes() {
+    let dir = single(&file_of(&[("a", 3), ("b", 5000), ("c", 0)]));
+    let checkpoint = Checkpoint::open(dir.path()).unwrap();
+    let mut reader = checkpoint.reader();
+    let tensor = reader
+        .take("b", &[5000], &[Dtype::BF16, Dtype::U8])
+        .unwrap();
+    assert_eq!((tensor.dtype(), tensor.shape()), (Dtype::U8, &[5000][..]));
+    assert_eq!(tensor.bytes(), [1; 5000]);
+    assert!(
+        reader
+            .take("c", &[0], &[Dtype::U8])
+            .unwrap()
+            .bytes()
+            .is_empty()
+    );
+    assert_eq!(
+        reader.finish(["c", "b"]).unwrap(),
+        Consumed {
+            tensors: 2,
+            bytes: 5000
+        }
+    );
+}
+
+fn take_error(name: &str, shape: &[usize], dtypes: &[Dtype]) -> String {
+    let dir = single(&file_of(&[("a", 3)]));
+    let checkpoint = Checkpoint::open(dir.path()).unwrap();
+    text(
+        &dir,
+        &checkpoint.reader().take(name, shape, dtypes).unwrap_err(),
+    )
+}
+
+#[test]
+fn a_tensor_that_is_not_there_is_named() {
+    assert_eq!(
+        take_error("b", &[3], &[Dtype::U8]),
+        "DIR: no tensor \"b\" among the 1 there; the checkpoint is incomplete, or its config.json \
+         belongs to another model"
+    );
+}
+
+#[test]
+fn a_wrong_shape_is_refused() {
+    assert_eq!(
+        take_error("a", &[3, 1], &[Dtype::U8]),
+        "DIR/model.safetensors: tensor \"a\": expected shape [3, 1], found [3]; config.json and \
+         weights do not belong together"
+    );
+}
+
+#[test]
+fn a_wrong_dtype_is_refused() {
+    assert_eq!(
+        take_error("a", &[3], &[Dtype::BF16, Dtype::F16]),
+        "DIR/model.safetensors: tensor \"a\": expected dtype BF16 or F16, found U8; is \
+         `quantization` in config.json that of these weights?"
+    );
+}
+
+#[test]
+fn a_tensor_is_taken_once() {
+    let dir = single(&file_of(&[("a", 3)]));
+    let checkpoint = Checkpoint::open(dir.path()).unwrap();
+    let mut reader = checkpoint.reader();
+    assert!(
+        reader.take("a", &[4], &[Dtype::U8]).is_err(),
+        "a refusal does not count as taken"
+    );
+    reader.take("a", &[3], &[Dtype::U8]).unwrap();
+    assert_eq!(
+        reader
+            .take("a", &[3], &[Dtype::U8])
+            .unwrap_err()
+            .to_string(),
+        "tensor \"a\" was taken twice; this is a fault of the program, not of the checkpoint"
+    );
+}
+
+/// The end of a reading that took `taken`, where `planned` was planned.
+fn finish(taken: &[&str], planned: &[&str]) -> Result<Consumed, String> {
+    let dir = single(&file_of(&[
+        ("a", 1),
+        ("b", 1),
+        ("c", 1),
+        ("d", 1),
+        ("e", 1),
+    ]));
+    let checkpoint = Checkpoint::open(dir.path()).unwrap();
+    let mut reader = checkpoint.reader();
+    for name in taken {
+        reader.take(name, &[1], &[Dtype::U8]).unwrap();
+    }
+    reader
+        .finish(planned.iter().copied())
+        .map_err(|error| error.to_string())
+}
+
+#[test]
+fn what_was_taken_is_what_was_planned() {
+    let error = |not_taken, not_planned| {
+        Err(format!(
+            "the tensors loaded are not the tensors planned: planned but not loaded: {not_taken}; \
+             loaded but not planned: {not_planned}. This is a fault of the program, not of the \
+             checkpoint"
+        ))
+    };
+    assert_eq!(
+        finish(&[], &[]),
+        Ok(Consumed {
+            tensors: 0,
+            bytes: 0
+        })
+    );
+    assert_eq!(
+        finish(&["a", "b"], &["b", "a"]),
+        Ok(Consumed {
+            tensors: 2,
+            bytes: 2
+        })
+    );
+    assert_eq!(finish(&["a"], &["a", "b"]), error("\"b\"", "none"));
+    assert_eq!(finish(&["b", "a"], &["a"]), error("none", "\"b\""));
+    assert_eq!(
+        finish(&["e"], &["d", "c", "b", "a"]),
+        error("\"a\", \"b\", \"c\" and 1 more", "\"e\"")
+    );
+    assert_eq!(
+        finish(&["a"], &["a", "a"]),
+        Err(
+            "tensor \"a\" is planned twice; this is a fault of the program, not of the checkpoint"
+                .to_owned()
+        )
+    );
+}
+
+#[test]
+fn a_file_that_changed_after_opening_is_refused() {
+    type Change = fn(&Path);
+    let changes: [(Change, usize); 2] = [
+        (
+            |path| {
+                fs::File::options()
+                    .write(true)
+                    .open(path)
+                    .unwrap()
+                    .set_len(9)
+                    .unwrap()
+            },
+            9,
+        ),
+        (
+            |path| {
+                let other = path.with_extension("part");
+                fs::write(&other, file_of(&[("a", 7)])).unwrap();
+                fs::rename(other, path).unwrap();
+            },
+            file_of(&[("a", 7)]).len(),
+        ),
+    ];
+    for (change, found) in changes {
+        let dir = single(&file_of(&[("a", 3)]));
+        let checkpoint = Checkpoint::open(dir.path()).unwrap();
+        change(&dir.path().join(SINGLE));
+        let expected = file_of(&[("a", 3)]).len();
+        assert_eq!(
+            text(
+                &dir,
+                &checkpoint
+                    .reader()
+                    .take("a", &[3], &[Dtype::U8])
+                    .unwrap_err()
+            ),
+            format!(
+                "DIR/model.safetensors: the file was replaced or written to since its header was \
+                 read: expected {expected} bytes, found {found}; start again when nothing writes \
+                 to it"
+            )
+        );
+    }
+}
+
+/// The race that the check before mapping cannot see: the file is cut after it.
+#[cfg(target_os = "linux")]
+#[test]
+fn a_file_cut_while_it_is_mapped_is_an_error_where_the_kernel_can_tell() {
+    if !memmap2::Advice::PopulateRead.is_supported() {
+        return;
+    }
+    let dir = single(&file_of(&[("a", 100_000)]));
+    let checkpoint = Checkpoint::open(dir.path()).unwrap();
+    let path = dir.path().join(SINGLE);
+    fs::File::options()
+        .write(true)
+        .open(&path)
+        .unwrap()
+        .set_len(50_000)
+        .unwrap();
+    let open = fs::File::open(&path).unwrap();
+    let error = reader::map(&open, &path, "a", checkpoint.get("a").unwrap()).unwrap_err();
+    assert_eq!(
+        text(&dir, &error),
+        "DIR/model.safetensors: tensor \"a\": its bytes cannot be read; the file was cut while it \
+         was mapped, or the disk fails"
+    );
+}
+
+// Memory
+
+/// Resident bytes of the mappings of `path` in this process; `None` if it is not mapped.
+#[cfg(target_os = "linux")]
+fn resident_bytes(path: &Path) -> Option<u64> {
+    let path = fs::canonicalize(path).unwrap();
+    let mut resident = None;
+    let mut in_path = false;
+    for line in fs::read_to_string("/proc/self/smaps").unwrap().lines() {
+        let field = line.split_whitespace().next().unwrap();
+        if !field.ends_with(':') {
+            in_path = line.ends_with(path.to_str().unwrap());
+        } else if in_path && field == "Rss:" {
+            let kibibytes: u64 = line.split_whitespace().nth(1).unwrap().parse().unwrap();
+            resident = Some(resident.unwrap_or(0) + kibibytes * 1024);
+        }
+    }
+    resident
+}
+
+#[cfg(target_os = "linux")]
+#[test]
+fn only_the_pages_of_the_tensor_taken_are_resident_and_only_while_it_lives() {
+    const LARGE: u64 = 32 << 20;
+    const OWN: u64 = (1 << 20) + 13;
+    const LARGEST_PAGE: u64 = 64 << 10;
+    let (end, file_end) = (LARGE + OWN, LARGE + OWN + LARGE);
+    let entry = |name, begin: u64, end: u64| {
+        let length = end - begin;
+        format!(r#""{name}":{{"dtype":"U8","shape":[{length}],"data_offsets":[{begin},{end}]}}"#)
+    };
+    let entries = [
+        entry("before", 0, LARGE),
+        entry("own", LARGE, end),
+        entry("after", end, file_end),
+    ];
+    let header = format!("{{{}}}", entries.join(","));
+    let dir = single(&file(&header, &vec![3; file_end as usize]));
+    let path = dir.path().join(SINGLE);
+    let checkpoint = Checkpoint::open(dir.path()).unwrap();
+    assert_eq!(resident_bytes(&path), None, "opening maps nothing");
+
+    let mut reader = checkpoint.reader();
+    let tensor = reader.take("own", &[OWN as usize], &[Dtype::U8]).unwrap();
+    assert!(tensor.bytes().iter().all(|&byte| byte == 3));
+    let resident = resident_bytes(&path).expect("the tensor is mapped");
+    assert!(
+        (OWN..=OWN + 2 * LARGEST_PAGE).contains(&resident),
+        "{resident} bytes resident for a tensor of {OWN}"
+    );
+
+    drop(tensor);
+    assert_eq!(resident_bytes(&path), None, "a dropped tensor is unmapped");
+}
+
+// Fingerprint
+
+fn fingerprint(files: &[(&str, &[u8])]) -> String {
+    let dir = directory(files);
+    let fingerprint = Checkpoint::open(dir.path()).unwrap().fingerprint();
+    fingerprint
+        .iter()
+        .map(|byte| format!("{byte:02x}"))
+        .collect()
+}
+
+#[test]
+fn the_fingerprint_is_the_same_in_every_directory_and_every_release() {
+    let files = [(SINGLE, &file_of(&[("a", 3), ("b", 2)])[..])];
+    let known = "c4f2bae8643099125fb4bfffeb94a577e7715c068ee8eda5ab2ce16b3430d3d0";
+    assert_eq!([fingerprint(&files), fingerprint(&files)], [known, known]);
+}
+
+#[test]
+fn the_fingerprint_tells_any_difference_of_the_headers() {
+    let base = file_of(&[("a", 3), ("b", 2)]);
+    let entry = |dtype, shape| {
+        file(
+            &format!(r#"{{"a":{{"dtype":"{dtype}","shape":{shape},"data_offsets":[0,4]}}}}"#),
+            &[0; 4],
+        )
+    };
+    let all = [
+        fingerprint(&[(SINGLE, &base)]),
+        fingerprint(&[("weights.safetensors", &base)]),
+        fingerprint(&[(SINGLE, &file_of(&[("b", 2), ("a", 3)]))]),
+        fingerprint(&[(SINGLE, &file_of(&[("a", 3), ("c", 2)]))]),
+        fingerprint(&[(SINGLE, &file_of(&[("a", 2), ("b", 3)]))]),
+        fingerprint(&[
+            (SHARD_1, &file_of(&[("a", 3)])),
+            (SHARD_2, &file_of(&[("b", 2)])),
+        ]),
+        fingerprint(&[(SINGLE, &entry("U8", "[4]"))]),
+        fingerprint(&[(SINGLE, &entry("I8", "[4]"))]),
+        fingerprint(&[(SINGLE, &entry("U8", "[2,2]"))]),
+        fingerprint(&[(SINGLE, &entry("F32", "[ 1 ]"))]),
+    ];
+    let distinct: std::collections::HashSet<_> = all.iter().collect();
+    assert_eq!(distinct.len(), all.len());
+}
+
+// Properties
+
+fn read(bytes: &[u8]) -> Result<Header, CheckpointError> {
+    Header::read(bytes, bytes.len() as u64, Path::new("f"))
+}
+
+/// This module and the `safetensors` crate say the same of any file, save that we refuse a name
+/// that comes twice.
+fn agrees_with_safetensors(bytes: &[u8]) -> Result<(), TestCaseError> {
+    let (ours, theirs) = (read(bytes), SafeTensors::deserialize(bytes));
+    match (&ours, &theirs) {
+        (Err(ours), Ok(_)) => {
+            prop_assert!(ours.to_string().contains("the name comes twice"), "{ours}")
+        }
+        (Ok(_), Err(theirs)) => prop_assert!(false, "{theirs}"),
+        (Ok(ours), Ok(theirs)) => prop_assert_eq!(ours.tensors().count(), theirs.len()),
+        (Err(_), Err(_)) => {}
+    }
+    Ok(())
+}
+
+/// Headers that are right, or wrong by a little: lengths and offsets from a few small numbers.
+fn nearly_right_file() -> impl Strategy<Value = Vec<u8>> {
+    let dtype = prop::sample::select(vec!["U8", "BF16", "F32", "F4", "F6_E2M3", "Q9"]);
+    let shape = prop::collection::vec(prop_oneof![0usize..5, Just(usize::MAX)], 0..3);
+    let nudge = prop_oneof![6 => Just(0i64), 1 => -2i64..3];
+    let tensors = prop::collection::vec((0u8..6, dtype, shape, nudge), 0..5);
+    (tensors, -1i64..2, any::<bool>()).prop_map(|(tensors, extra, extra_used)| {
+        let (mut entries, mut end) = (Vec::new(), 0i64);
+        for (name, dtype, shape, nudge) in tensors {
+            let bits = match dtype {
+                "BF16" => 16,
+                "F32" => 32,
+                "F4" => 4,
+                "F6_E2M3" => 6,
+                _ => 8,
+            };
+            let elements = shape
+                .iter()
+                .fold(1usize, |product, &length| product.wrapping_mul(length));
+            let begin = end + nudge;
+            end = begin + (elements.wrapping_mul(bits) / 8 % 1000) as i64;
+            let kind = format!(r#""dtype":"{dtype}","shape":{shape:?}"#);
+            entries.push(format!(
+                r#""t{name}":{{{kind},"data_offsets":[{begin},{end}]}}"#
+            ));
+        }
+        let data_bytes = end + if extra_used { extra } else { 0 };
+        file(
+            &format!("{{{}}}", entries.join(",")),
+            &vec![0; data_bytes.max(0) as usize],
+        )
+    })
+}
+
+proptest! {
+    #[test]
+    fn arbitrary_bytes_never_panic(bytes in prop::collection::vec(any::<u8>(), 0..200)) {
+        agrees_with_safetensors(&bytes)?;
+    }
+
+    #[test]
+    fn arbitrary_headers_never_panic(
+        header in any::<String>(),
+        data in prop::collection::vec(any::<u8>(), 0..9),
+    ) {
+        agrees_with_safetensors(&file(&header, &data))?;
+    }
+
+    #[test]
+    fn headers_that_are_nearly_right_get_the_verdict_of_safetensors(bytes in nearly_right_file()) {
+        agrees_with_safetensors(&bytes)?;
+    }
+
+    #[test]
+    fn a_right_header_with_a_few_bytes_changed_never_panics(
+        changes in prop::collection::vec((any::<prop::sample::Index>(), any::<u8>()), 1..4),
+        length in any::<prop::sample::Index>(),
+        is_cut in any::<bool>(),
+    ) {
+        let mut bytes = file_of(&[("a", 3), ("layers.0.weight", 40), ("b", 0)]);
+        for (place, byte) in changes {
+            let place = place.index(bytes.len());
+            bytes[place] = byte;
+        }
+        if is_cut {
+            bytes.truncate(length.index(bytes.len()));
+        }
+        agrees_with_safetensors(&bytes)?;
+    }
+}

@@ -1,0 +1,295 @@
+//! The command line, as types checked once. Defaults stand here and nowhere else; `--help` prints them.
+
+use crate::plan::{LayerRanges, Strategy};
+use crate::request::{Format, Sampling};
+use clap::{Args, Parser, Subcommand, ValueEnum};
+use std::path::PathBuf;
+use std::time::Duration;
+
+/// Runs a language model across a few machines, each holding only its own layers.
+///
+/// Reads prompts from standard input, one a line (plain text, or JSON as in the OpenAI API), and writes
+/// the answers to standard output in the same order.
+#[derive(Debug, Parser)]
+#[command(
+    version,
+    args_conflicts_with_subcommands = true,
+    override_usage = "mlx-pipe [OPTIONS] < PROMPTS\n       \
+                      mpirun -np RANKS [--hostfile FILE] mlx-pipe [OPTIONS] < PROMPTS\n       \
+                      mlx-pipe <COMMAND>",
+    after_help = "Exit status: 0 all answered, 1 the run failed, 2 bad usage, 3 some lines failed.",
+    max_term_width = 100
+)]
+pub struct Cli {
+    /// A command other than generating.
+    #[command(subcommand)]
+    pub command: Option<Command>,
+    /// Options of generating.
+    #[command(flatten)]
+    pub run: RunOptions,
+}
+
+/// What else the program does.
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Print the sharding plan and the memory report; needs no MPI and reads no weights
+    Plan(PlanOptions),
+    /// Convert a GGUF file to an MLX checkpoint directory, tokenizer included
+    Import {
+        /// The GGUF file
+        #[arg(value_name = "MODEL.gguf")]
+        gguf: PathBuf,
+        /// The directory to make
+        out_dir: PathBuf,
+    },
+}
+
+/// Which model, and how to cut it.
+#[derive(Debug, Args)]
+#[command(next_help_heading = "Model and plan")]
+pub struct ModelOptions {
+    /// Checkpoint directory, or an id in the Hugging Face cache (downloaded if it is not there)
+    /// [default: model_name of the cluster file]
+    #[arg(long, value_name = "DIR|ID", env = "MLX_PIPE_MODEL")]
+    pub model: Option<String>,
+
+    /// Cluster file (JSON) with the devices; only rank 0 needs it
+    #[arg(long, value_name = "FILE")]
+    pub cluster: Option<PathBuf>,
+
+    /// How to cut: balanced, memory-proportional, compute-proportional, uniform or auto
+    #[arg(long, value_name = "NAME", default_value = "balanced")]
+    pub strategy: Strategy,
+
+    /// Layers of each rank by hand, such as 0-9,10-18,19-27
+    #[arg(long, value_name = "RANGES", conflicts_with = "strategy")]
+    pub layers: Option<LayerRanges>,
+
+    /// Tokens that a sequence may hold, prompt and answer [default: 4096, or the model's if less]
+    #[arg(long, value_name = "TOKENS", value_parser = clap::value_parser!(u64).range(2..=1 << 24))]
+    pub context: Option<u64>,
+
+    /// Most memory that a rank may use for weights and cache, such as 12GB or 900MB [default: 80 %
+    /// of the host's, shared by its ranks]
+    #[arg(long, value_name = "BYTES", value_parser = parse_bytes)]
+    pub memory_limit: Option<u64>,
+}
+
+impl ModelOptions {
+    /// The strategy asked for, layers by hand included.
+    pub fn strategy(&self) -> Strategy {
+        match &self.layers {
+            Some(ranges) => Strategy::Manual(ranges.clone()),
+            None => self.strategy.clone(),
+        }
+    }
+}
+
+/// Options of `plan`.
+#[derive(Debug, Args)]
+pub struct PlanOptions {
+    /// Which model, and how to cut it.
+    #[command(flatten)]
+    pub model: ModelOptions,
+
+    /// Ranks to plan for, all like this machine [default: the devices of the cluster file, else 1]
+    #[arg(long, value_parser = clap::value_parser!(u64).range(1..=1024))]
+    pub ranks: Option<u64>,
+}
+
+/// Options of generating.
+#[derive(Debug, Args)]
+pub struct RunOptions {
+    /// Which model, and how to cut it.
+    #[command(flatten)]
+    pub model: ModelOptions,
+
+    /// How to sample.
+    #[command(flatten)]
+    pub sampling: SamplingOptions,
+
+    /// Take plain prompts as they are, without the chat template
+    #[arg(long, help_heading = "Input and output")]
+    pub raw: bool,
+
+    /// How to write answers
+    #[arg(
+        long,
+        value_enum,
+        default_value = "auto",
+        help_heading = "Input and output"
+    )]
+    pub format: FormatName,
+
+    /// Write the report of the run to this file as JSON
+    #[arg(long, value_name = "FILE", help_heading = "Input and output")]
+    pub report: Option<PathBuf>,
+
+    /// Say what each rank does (-v), and every step of it (-vv), on standard error
+    #[arg(short, long, action = clap::ArgAction::Count, help_heading = "Input and output")]
+    pub verbose: u8,
+
+    /// Most prompt tokens in one step
+    #[arg(long, value_name = "TOKENS", default_value_t = 512, help_heading = "Pipeline",
+          value_parser = clap::value_parser!(u32).range(1..=65_536))]
+    pub prefill_chunk: u32,
+
+    /// Seconds without an answer to a step after which the run is given up
+    #[arg(long, value_name = "SECONDS", default_value_t = 600, help_heading = "Pipeline",
+          value_parser = clap::value_parser!(u64).range(1..))]
+    pub step_timeout: u64,
+}
+
+impl RunOptions {
+    /// [`Self::step_timeout`] as a duration.
+    pub fn step_limit(&self) -> Duration {
+        Duration::from_secs(self.step_timeout)
+    }
+}
+
+/// How to sample, for requests that do not say it themselves.
+#[derive(Debug, Args)]
+#[command(next_help_heading = "Sampling (a JSON line's own fields come first)")]
+pub struct SamplingOptions {
+    /// Tokens of an answer at most
+    #[arg(long, value_name = "TOKENS", default_value_t = 512)]
+    pub max_tokens: usize,
+
+    /// 0 always takes the most likely token
+    #[arg(long, value_name = "T", default_value_t = 0.0)]
+    pub temperature: f32,
+
+    /// Choose from the smallest set of tokens with this much probability; 1 is off
+    #[arg(long, value_name = "P", default_value_t = 1.0)]
+    pub top_p: f32,
+
+    /// Choose from this many of the most likely tokens; 0 is off
+    #[arg(long, value_name = "K", default_value_t = 0)]
+    pub top_k: u32,
+
+    /// Drop tokens with less than this share of the best one's probability; 0 is off
+    #[arg(long, value_name = "P", default_value_t = 0.0)]
+    pub min_p: f32,
+
+    /// Make tokens that stand in the sequence less likely; 1 is off
+    #[arg(long, value_name = "X", default_value_t = 1.0)]
+    pub repetition_penalty: f32,
+
+    /// Key of the random numbers
+    #[arg(long, default_value_t = 0)]
+    pub seed: u64,
+
+    /// End an answer before this text; may be given several times
+    #[arg(long, value_name = "TEXT")]
+    pub stop: Vec<String>,
+}
+
+impl SamplingOptions {
+    /// The defaults that requests start from. The seed is not among them: a run derives one for every
+    /// request from its own.
+    pub fn defaults(&self) -> Sampling {
+        Sampling {
+            max_tokens: self.max_tokens,
+            temperature: self.temperature,
+            top_p: self.top_p,
+            top_k: self.top_k,
+            min_p: self.min_p,
+            repetition_penalty: self.repetition_penalty,
+            seed: None,
+            stop: self.stop.clone(),
+            logprobs: None,
+        }
+    }
+}
+
+/// `--format`.
+#[derive(Debug, Clone, Copy, ValueEnum)]
+pub enum FormatName {
+    /// Plain text for plain prompts, JSON for JSON
+    Auto,
+    /// Only the text of each answer
+    Plain,
+    /// One line of JSON for every line
+    Jsonl,
+}
+
+impl From<FormatName> for Format {
+    fn from(name: FormatName) -> Self {
+        match name {
+            FormatName::Auto => Self::Auto,
+            FormatName::Plain => Self::Plain,
+            FormatName::Jsonl => Self::Jsonl,
+        }
+    }
+}
+
+/// Parses and checks the command line. On an error, or for `--help`, rank 0 prints and every rank ends.
+pub fn parse() -> Cli {
+    let cli = Cli::try_parse().and_then(|cli| {
+        let checked = cli.run.sampling.defaults().validate();
+        checked.map_err(|rejection| {
+            clap::Error::raw(
+                clap::error::ErrorKind::ValueValidation,
+                format!("{rejection}\n"),
+            )
+        })?;
+        Ok(cli)
+    });
+    cli.unwrap_or_else(|error| {
+        if launched_rank() == 0 {
+            error.exit();
+        }
+        std::process::exit(error.exit_code());
+    })
+}
+
+/// This process's rank as its launcher says it, before MPI is started; 0 without a launcher. Good enough
+/// to print a usage error once.
+pub fn launched_rank() -> usize {
+    ["OMPI_COMM_WORLD_RANK", "PMIX_RANK", "PMI_RANK"]
+        .into_iter()
+        .find_map(|name| std::env::var(name).ok()?.parse().ok())
+        .unwrap_or(0)
+}
+
+/// Bytes with an optional decimal unit: `12GB`, `900MB`, `1.5 GB`, `800000000`. GB = 1e9.
+fn parse_bytes(text: &str) -> Result<u64, String> {
+    let expected = || format!("expected a size such as 12GB, 900MB or 800000000, found \"{text}\"");
+    let lower = text.trim().to_ascii_lowercase();
+    let number = lower.trim_end_matches(|letter: char| letter.is_ascii_alphabetic());
+    let unit = match &lower[number.len()..] {
+        "" | "b" => 1.0,
+        "k" | "kb" => 1e3,
+        "m" | "mb" => 1e6,
+        "g" | "gb" => 1e9,
+        "t" | "tb" => 1e12,
+        _ => return Err(expected()),
+    };
+    let bytes = number.trim().parse::<f64>().map_err(|_| expected())? * unit;
+    match bytes.is_finite() && (1.0..1e18).contains(&bytes) {
+        true => Ok(bytes as u64),
+        false => Err(expected()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::CommandFactory;
+
+    #[test]
+    fn the_command_line_is_consistent() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn sizes_are_decimal_and_anything_else_is_named() {
+        assert_eq!(parse_bytes("12GB"), Ok(12_000_000_000));
+        assert_eq!(parse_bytes("1.5 gb"), Ok(1_500_000_000));
+        assert_eq!(parse_bytes("900MB"), Ok(900_000_000));
+        assert_eq!(parse_bytes("77"), Ok(77));
+        for wrong in ["", "GB", "-1GB", "12XB", "nan", "inf", "0", "1e30"] {
+            assert!(parse_bytes(wrong).unwrap_err().contains(wrong), "{wrong}");
+        }
+    }
+}

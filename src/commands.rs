@@ -1,0 +1,104 @@
+//! The commands that need no MPI: `plan` and `import`.
+
+use crate::cli::PlanOptions;
+use crate::cluster::{self, ClusterFile, DeviceProfile};
+use crate::hub::{self, Found};
+use crate::model::ModelFiles;
+use crate::plan::{self, PlanRequest, WireDtype};
+use crate::session;
+use anyhow::{Context, Result, bail};
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+
+/// Prints the plan and the memory report.
+///
+/// # Errors
+/// No model, a bad cluster file, or nothing that fits.
+pub fn plan(options: &PlanOptions) -> Result<()> {
+    let file = match &options.model.cluster {
+        None => None,
+        Some(path) => {
+            let text = std::fs::read_to_string(path)
+                .with_context(|| format!("reading the cluster file {}", path.display()))?;
+            Some(ClusterFile::parse(&text, path)?)
+        }
+    };
+    let files = ModelFiles::open(&find_model(options, file.as_ref())?)?;
+    let profiles = profiles(options, file.as_ref());
+    let wire_dtype = WireDtype::F32;
+    let plan = plan::plan(&PlanRequest {
+        shape: &files.shape(wire_dtype),
+        devices: &cluster::devices(&profiles, file.as_ref(), options.model.memory_limit)?,
+        strategy: options.model.strategy(),
+        context_tokens: session::context_tokens(options.model.context, &files)?,
+        sequences: session::SEQUENCES,
+        wire_dtype,
+    })?;
+    print!("{}\n{}", plan::plan_table(&plan), plan::memory_table(&plan));
+    Ok(())
+}
+
+/// The model's directory, without a download: a plan is a question, not an order.
+fn find_model(options: &PlanOptions, file: Option<&ClusterFile>) -> Result<PathBuf> {
+    let named = file.and_then(|file| file.model_name.as_ref());
+    let Some(model) = options.model.model.as_ref().or(named) else {
+        bail!("{}", session::NO_MODEL);
+    };
+    match hub::find(model)? {
+        Found::Here(dir) => Ok(dir),
+        Found::NotCached(id) => bail!(
+            "the model {id} is not in the Hugging Face cache of this host; a plan needs its config.json and \
+             the headers of its weights"
+        ),
+    }
+}
+
+/// The ranks to plan for: as many as asked for, those of the cluster file, or this machine alone.
+fn profiles(options: &PlanOptions, file: Option<&ClusterFile>) -> Vec<DeviceProfile> {
+    let here = cluster::probe_local("cpu");
+    let named = file.map_or(Vec::new(), |file| file.profiles(&here));
+    match options.ranks {
+        Some(count) => named
+            .into_iter()
+            .chain((0..).map(|rank| DeviceProfile {
+                // Machines like this one, not more ranks on this one.
+                hostname: format!("host{rank}"),
+                ..here.clone()
+            }))
+            .take(count as usize)
+            .collect(),
+        None if named.is_empty() => vec![here],
+        None => named,
+    }
+}
+
+/// Converts a GGUF file.
+///
+/// # Errors
+/// A file that cannot be read or expressed, or a directory that cannot be written.
+pub fn import(gguf: &Path, out_dir: &Path) -> Result<()> {
+    let summary = crate::import::import(gguf, out_dir)?;
+    for warning in &summary.warnings {
+        eprintln!("mlx-pipe: {warning}");
+    }
+    println!(
+        "{}: {} with {} layers, {} tensors, {:.3} GB",
+        out_dir.display(),
+        summary.architecture,
+        summary.layers,
+        summary.tensors,
+        summary.bytes as f64 / 1e9
+    );
+    Ok(())
+}
+
+/// The exit status of a command; prints its error.
+pub fn finish(result: Result<()>) -> ExitCode {
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("mlx-pipe: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}

@@ -1,0 +1,41 @@
+//! Runs a language model across a few machines, each holding only its own layers.
+//!
+//! The route of one token, and where to read about each part of it:
+//!
+//! 1. [`cli`] reads the command line; [`session`] takes a rank from the start of MPI to the report.
+//! 2. [`cluster`], [`model::ModelFiles`] and [`plan`] decide, on every rank alike, which layers are whose;
+//!    [`agree`] makes sure that it is alike.
+//! 3. [`stage::Stage`] loads this rank's slice of the [`checkpoint`] through [`model`].
+//! 4. [`prompts`] reads [`request`]s, a [`tokenizer`] and a [`sequence`] turn them into token ids.
+//! 5. [`schedule`] puts tokens into steps, [`wire`] makes bytes of them, [`transport`] carries these, and
+//!    [`pipeline`] is the loop around: receive, compute, send.
+//! 6. The last rank's [`sampler`] picks a token; rank 0 makes text of it and writes the answer.
+//! 7. [`report`] tells what it cost.
+//!
+//! Apart from this route: [`import`] makes checkpoints of GGUF files, [`hub`] finds and downloads them.
+#![deny(missing_docs)]
+
+pub mod agree;
+pub mod checkpoint;
+pub mod cli;
+pub mod cluster;
+pub mod commands;
+pub mod hub;
+pub mod import;
+pub mod log;
+pub mod model;
+pub mod pipeline;
+pub mod plan;
+pub mod progress;
+pub mod prompts;
+pub mod report;
+pub mod request;
+pub mod sampler;
+pub mod schedule;
+pub mod sequence;
+pub mod session;
+pub mod stage;
+pub mod tokenizer;
+pub mod transport;
+pub mod wait;
+pub mod wire;

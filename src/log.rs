@@ -1,0 +1,48 @@
+//! One line of log: time since start, level, rank and host, message. For standard error.
+
+use std::fmt;
+use std::time::Instant;
+use tracing::{Event, Subscriber};
+use tracing_subscriber::fmt::format::Writer;
+use tracing_subscriber::fmt::{FmtContext, FormatEvent, FormatFields};
+use tracing_subscriber::registry::LookupSpan;
+
+/// Writes every event behind the place that it comes from.
+#[derive(Debug)]
+pub struct RankFormat {
+    place: String,
+    started: Instant,
+}
+
+impl RankFormat {
+    /// `place`: rank and host.
+    pub fn new(place: String) -> Self {
+        Self {
+            place,
+            started: Instant::now(),
+        }
+    }
+}
+
+impl<S, N> FormatEvent<S, N> for RankFormat
+where
+    S: Subscriber + for<'span> LookupSpan<'span>,
+    N: for<'writer> FormatFields<'writer> + 'static,
+{
+    fn format_event(
+        &self,
+        context: &FmtContext<'_, S, N>,
+        mut writer: Writer<'_>,
+        event: &Event<'_>,
+    ) -> fmt::Result {
+        write!(
+            writer,
+            "{:9.3} s {} {}: ",
+            self.started.elapsed().as_secs_f64(),
+            event.metadata().level(),
+            self.place
+        )?;
+        context.format_fields(writer.by_ref(), event)?;
+        writeln!(writer)
+    }
+}

@@ -1,0 +1,117 @@
+//! A checkpoint directory, opened and checked: configuration, headers, and the one held against the
+//! other. No tensor is read here, so `plan` works where the weights would not fit.
+
+use super::architecture::Architecture;
+use super::generation::end_of_sequence_ids;
+use super::inventory::Inventory;
+use crate::checkpoint::Checkpoint;
+use crate::plan::{ModelShape, WireDtype};
+use anyhow::{Context, Result, bail};
+use serde_json::Value;
+use sha2::{Digest, Sha256};
+use std::fs::File;
+use std::io::Read;
+use std::path::{Path, PathBuf};
+
+/// Configurations above this are not configurations.
+const LARGEST_CONFIG_BYTES: u64 = 16 << 20;
+
+/// Everything known about a checkpoint without reading a tensor.
+#[derive(Debug)]
+pub struct ModelFiles {
+    /// The directory.
+    pub dir: PathBuf,
+    /// The model that `config.json` describes.
+    pub architecture: Architecture,
+    /// The tensors in the files.
+    pub checkpoint: Checkpoint,
+    /// The tensors by part of the model.
+    pub inventory: Inventory,
+    /// Tokens that end an answer.
+    pub end_ids: Vec<u32>,
+    /// SHA-256 of `config.json`, in hexadecimal.
+    pub config_hash: String,
+}
+
+impl ModelFiles {
+    /// Opens a checkpoint directory.
+    ///
+    /// # Errors
+    /// No configuration, weights that are not there or not whole, or the two not belonging together.
+    pub fn open(dir: &Path) -> Result<Self> {
+        let in_dir = || format!("model directory {}", dir.display());
+        let Some(bytes) = read_config(&dir.join("config.json")).with_context(in_dir)? else {
+            bail!(
+                "{} has no config.json; expected a checkpoint directory in MLX's form",
+                dir.display()
+            );
+        };
+        let config = parse(&bytes, "config.json").with_context(in_dir)?;
+        let generation = read_config(&dir.join("generation_config.json"))
+            .and_then(|bytes| {
+                bytes
+                    .map(|bytes| parse(&bytes, "generation_config.json"))
+                    .transpose()
+            })
+            .with_context(in_dir)?;
+        let end_ids = end_of_sequence_ids(&config, generation.as_ref()).with_context(in_dir)?;
+        let checkpoint = Checkpoint::open(dir)?;
+        let architecture = Architecture::read(&config, |name| checkpoint.get(name).is_some())
+            .with_context(in_dir)?;
+        let inventory = Inventory::check(&architecture, &checkpoint).with_context(in_dir)?;
+        Ok(Self {
+            dir: dir.to_owned(),
+            architecture,
+            inventory,
+            checkpoint,
+            end_ids,
+            config_hash: hex(&Sha256::digest(&bytes)),
+        })
+    }
+
+    /// Bytes of every part of the model, for a cache in `kv_dtype`.
+    pub fn shape(&self, kv_dtype: WireDtype) -> ModelShape {
+        self.inventory
+            .shape(&self.architecture, &self.checkpoint, kv_dtype.size_bytes())
+    }
+
+    /// What names, shapes and places of all tensors hash to, in hexadecimal.
+    pub fn tensor_hash(&self) -> String {
+        hex(&self.checkpoint.fingerprint())
+    }
+
+    /// The dtype that a GPU computes this model in: that of its final norm.
+    pub fn native_dtype(&self) -> WireDtype {
+        let norm = self.architecture.norm.tensor();
+        match self.checkpoint.get(&norm.name).map(|info| info.dtype) {
+            Some(safetensors::Dtype::BF16) => WireDtype::Bf16,
+            Some(safetensors::Dtype::F16) => WireDtype::F16,
+            _ => WireDtype::F32,
+        }
+    }
+}
+
+/// The file's bytes, `None` if it is not there.
+fn read_config(path: &Path) -> Result<Option<Vec<u8>>> {
+    let file = match File::open(path) {
+        Ok(file) => file,
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(None),
+        Err(error) => return Err(error).with_context(|| format!("opening {}", path.display())),
+    };
+    let mut bytes = Vec::new();
+    file.take(LARGEST_CONFIG_BYTES + 1)
+        .read_to_end(&mut bytes)
+        .with_context(|| format!("reading {}", path.display()))?;
+    if bytes.len() as u64 > LARGEST_CONFIG_BYTES {
+        bail!("{} is over {LARGEST_CONFIG_BYTES} bytes", path.display());
+    }
+    Ok(Some(bytes))
+}
+
+fn parse(bytes: &[u8], name: &str) -> Result<Value> {
+    serde_json::from_slice(bytes).with_context(|| format!("{name} is not JSON"))
+}
+
+fn hex(bytes: &[u8]) -> String {
+    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
+}

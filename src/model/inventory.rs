@@ -1,0 +1,167 @@
+//! The checkpoint held against the architecture: every tensor that the model needs is there with the
+//! right shape and dtype, nothing else is, and how many bytes each part of the model weighs. Reads
+//! headers only; this is what the plan counts with.
+
+use super::architecture::{Architecture, HeadSpec, TensorSpec};
+use super::weights::allowed_dtypes;
+use crate::checkpoint::Checkpoint;
+use crate::plan::{Head, ModelShape, Stage};
+use anyhow::{Result, bail};
+use std::collections::BTreeSet;
+
+/// The tensors of each part of the model, all of them proven to be in the checkpoint.
+#[derive(Debug)]
+pub struct Inventory {
+    embedding: Vec<TensorSpec>,
+    layers: Vec<Vec<TensorSpec>>,
+    norm: Vec<TensorSpec>,
+    /// Empty when tied.
+    head: Vec<TensorSpec>,
+}
+
+impl Inventory {
+    /// Lists what `architecture` needs and checks `checkpoint` for it.
+    ///
+    /// # Errors
+    /// A tensor missing, of another shape or dtype, or one that no part of the model would use: it
+    /// would change the answers if it were used, so it must not be passed over.
+    pub fn check(architecture: &Architecture, checkpoint: &Checkpoint) -> Result<Self> {
+        let inventory = Self {
+            embedding: architecture.embed_tokens.tensors(),
+            layers: architecture
+                .layers
+                .iter()
+                .map(|layer| layer.tensors())
+                .collect(),
+            norm: vec![architecture.norm.tensor()],
+            head: match &architecture.head {
+                HeadSpec::Tied => Vec::new(),
+                HeadSpec::Own(linear) => linear.tensors(),
+            },
+        };
+        for spec in inventory.all() {
+            check_tensor(spec, checkpoint)?;
+        }
+        inventory.refuse_leftovers(architecture, checkpoint)?;
+        Ok(inventory)
+    }
+
+    /// Bytes of each part as the checkpoint stores it; `kv_element_bytes` is the cache's element size.
+    pub fn shape(
+        &self,
+        architecture: &Architecture,
+        checkpoint: &Checkpoint,
+        kv_element_bytes: usize,
+    ) -> ModelShape {
+        let bytes = |specs: &[TensorSpec]| {
+            specs
+                .iter()
+                .filter_map(|spec| checkpoint.get(&spec.name))
+                .map(|info| info.bytes())
+                .sum()
+        };
+        ModelShape {
+            layer_bytes: self.layers.iter().map(|layer| bytes(layer)).collect(),
+            embedding_bytes: bytes(&self.embedding),
+            norm_bytes: bytes(&self.norm),
+            head: match architecture.head {
+                HeadSpec::Tied => Head::Tied,
+                HeadSpec::Own(_) => Head::Own {
+                    bytes: bytes(&self.head),
+                },
+            },
+            kv_bytes_per_token_per_layer: architecture
+                .kv_bytes_per_token_per_layer(kv_element_bytes),
+        }
+    }
+
+    /// The tensors that a stage holds, each once.
+    pub fn of_stage(&self, stage: &Stage) -> Vec<&str> {
+        let tied = self.head.is_empty();
+        let with_table = stage.role.owns_embedding() || (stage.role.owns_head() && tied);
+        let layers = self.layers[stage.layers.clone()].iter().flatten();
+        layers
+            .chain(with_table.then_some(&self.embedding).into_iter().flatten())
+            .chain(
+                stage
+                    .role
+                    .owns_norm()
+                    .then_some(&self.norm)
+                    .into_iter()
+                    .flatten(),
+            )
+            .chain(
+                stage
+                    .role
+                    .owns_head()
+                    .then_some(&self.head)
+                    .into_iter()
+                    .flatten(),
+            )
+            .map(|spec| spec.name.as_str())
+            .collect()
+    }
+
+    fn all(&self) -> impl Iterator<Item = &TensorSpec> {
+        self.embedding
+            .iter()
+            .chain(self.layers.iter().flatten())
+            .chain(&self.norm)
+            .chain(&self.head)
+    }
+
+    fn refuse_leftovers(&self, architecture: &Architecture, checkpoint: &Checkpoint) -> Result<()> {
+        let known: BTreeSet<&str> = self.all().map(|spec| spec.name.as_str()).collect();
+        let tied = architecture.head == HeadSpec::Tied;
+        let left: Vec<&str> = checkpoint
+            .iter()
+            .map(|(name, _)| name)
+            .filter(|name| !known.contains(name) && !is_redundant(name, tied))
+            .collect();
+        if let Some(first) = left.first() {
+            bail!(
+                "the checkpoint holds {} tensor(s) that a {} model of {} layers has no use for, the first is \
+                 `{first}`; config.json and the weights do not belong together, or this version lacks a \
+                 feature of the model",
+                left.len(),
+                architecture.model_type,
+                architecture.layers.len(),
+            );
+        }
+        Ok(())
+    }
+}
+
+/// Tensors that older tools write although they follow from the others: precomputed rotary
+/// frequencies, and a copy of the tied table under the head's name.
+fn is_redundant(name: &str, tied: bool) -> bool {
+    name.ends_with(".self_attn.rotary_emb.inv_freq") || (tied && name.starts_with("lm_head."))
+}
+
+fn check_tensor(spec: &TensorSpec, checkpoint: &Checkpoint) -> Result<()> {
+    let Some(info) = checkpoint.get(&spec.name) else {
+        bail!(
+            "the checkpoint has no tensor `{}` (expected shape {:?}); config.json and the weights do not \
+             belong together, or a file is missing",
+            spec.name,
+            spec.shape
+        );
+    };
+    if info.shape != spec.shape {
+        bail!(
+            "tensor `{}` has shape {:?}, but config.json makes it {:?}; they do not belong together",
+            spec.name,
+            info.shape,
+            spec.shape
+        );
+    }
+    if !allowed_dtypes(spec.kind).contains(&info.dtype) {
+        bail!(
+            "tensor `{}` has dtype {}, expected one of {:?}",
+            spec.name,
+            info.dtype,
+            allowed_dtypes(spec.kind)
+        );
+    }
+    Ok(())
+}

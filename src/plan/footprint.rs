@@ -1,0 +1,230 @@
+//! What a stage would hold and cost, for any candidate range of layers, in constant time.
+//!
+//! The strategies ask for millions of candidates, so the [`Ledger`] keeps running sums. All sizes
+//! are checked once, when it is built; after that no sum can overflow.
+
+use std::cmp::Ordering;
+use std::ops::Range;
+
+use serde::Serialize;
+
+use super::{Device, Head, ModelShape, PlanError, PlanRequest, Role, Stage};
+
+/// Bytes that a rank holds, by component.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
+pub struct Footprint {
+    /// Weights of its layers.
+    pub layers_bytes: u64,
+    /// Embedding table, if it is the first rank.
+    pub embedding_bytes: u64,
+    /// Final norm, if it is the last rank.
+    pub norm_bytes: u64,
+    /// Head, if it is the last rank; a tied table counts here unless the rank is the first too.
+    pub head_bytes: u64,
+    /// KV cache of its layers for the planned context and sequences.
+    pub kv_bytes: u64,
+}
+
+impl Footprint {
+    /// Bytes of weights.
+    pub fn weights_bytes(&self) -> u64 {
+        let ends_bytes = self.embedding_bytes.saturating_add(self.norm_bytes);
+        self.layers_bytes
+            .saturating_add(ends_bytes)
+            .saturating_add(self.head_bytes)
+    }
+
+    /// Bytes of weights and KV cache.
+    pub fn total_bytes(&self) -> u64 {
+        self.weights_bytes().saturating_add(self.kv_bytes)
+    }
+}
+
+/// Predicted time of one step: a decode step is bound by reading its weights once, so it takes
+/// `bytes / speed`. Kept as a fraction and compared exactly.
+#[derive(Clone, Copy, Debug)]
+pub struct StageTime {
+    /// Weight bytes read in a step: layers, norm and head. An embedding lookup reads a few rows
+    /// only and counts as nothing.
+    pub bytes: u64,
+    /// The device's speed; above zero.
+    pub speed: u64,
+}
+
+impl StageTime {
+    /// This time as a share of `whole`; for printing.
+    pub fn share_of(self, whole: Self) -> f64 {
+        if whole.bytes == 0 {
+            return 1.0;
+        }
+        let ratio = self.bytes as f64 / whole.bytes as f64;
+        ratio * (whole.speed as f64 / self.speed as f64)
+    }
+}
+
+impl Ord for StageTime {
+    fn cmp(&self, other: &Self) -> Ordering {
+        let ours = u128::from(self.bytes) * u128::from(other.speed);
+        ours.cmp(&(u128::from(other.bytes) * u128::from(self.speed)))
+    }
+}
+
+impl PartialOrd for StageTime {
+    fn partial_cmp(&self, other: &Self) -> Option<Ordering> {
+        Some(self.cmp(other))
+    }
+}
+
+impl PartialEq for StageTime {
+    fn eq(&self, other: &Self) -> bool {
+        self.cmp(other) == Ordering::Equal
+    }
+}
+
+impl Eq for StageTime {}
+
+/// Answers what rank `r` holds and how long it takes with layers `a..b`.
+pub(super) struct Ledger<'a> {
+    pub(super) devices: &'a [Device],
+    /// `[layers + 1]`: bytes of the layers before each.
+    bytes_before: Vec<u64>,
+    shape: &'a ModelShape,
+    /// One whole model, a tied table counted once.
+    pub(super) model_bytes: u64,
+    /// KV bytes of one layer for all sequences.
+    kv_bytes_per_layer: u64,
+}
+
+impl<'a> Ledger<'a> {
+    /// Sums up the request's sizes.
+    ///
+    /// # Errors
+    ///
+    /// [`PlanError::TooLarge`] if everything together exceeds 64 bits.
+    pub(super) fn new(request: &PlanRequest<'a>) -> Result<Self, PlanError> {
+        Self::sum(request).ok_or(PlanError::TooLarge {
+            layers: request.shape.layer_count(),
+            context_tokens: request.context_tokens,
+            sequences: request.sequences,
+        })
+    }
+
+    fn sum(request: &PlanRequest<'a>) -> Option<Self> {
+        let shape = request.shape;
+        let kv_bytes_per_layer = shape
+            .kv_bytes_per_token_per_layer
+            .checked_mul(request.context_tokens)?
+            .checked_mul(request.sequences)?;
+        let kv_bytes = kv_bytes_per_layer.checked_mul(shape.layer_count() as u64)?;
+        // A tied table may stand on two ranks, so the sum below bounds every footprint and their
+        // total as well.
+        let second_table_bytes = match shape.head {
+            Head::Tied => shape.embedding_bytes,
+            Head::Own { .. } => 0,
+        };
+        let model_bytes = shape.model_bytes()?;
+        model_bytes
+            .checked_add(second_table_bytes)?
+            .checked_add(kv_bytes)?;
+        let running = shape.layer_bytes.iter().scan(0_u64, |sum, bytes| {
+            *sum += bytes;
+            Some(*sum)
+        });
+        Some(Self {
+            devices: request.devices,
+            bytes_before: std::iter::once(0).chain(running).collect(),
+            shape,
+            model_bytes,
+            kv_bytes_per_layer,
+        })
+    }
+
+    pub(super) fn layer_count(&self) -> usize {
+        self.bytes_before.len() - 1
+    }
+
+    pub(super) fn rank_count(&self) -> usize {
+        self.devices.len()
+    }
+
+    /// What `rank` holds with `layers`.
+    pub(super) fn footprint(&self, rank: usize, layers: &Range<usize>) -> Footprint {
+        let role = Role::of(rank, self.rank_count());
+        Footprint {
+            layers_bytes: self.layers_bytes(layers),
+            embedding_bytes: if role.owns_embedding() {
+                self.shape.embedding_bytes
+            } else {
+                0
+            },
+            norm_bytes: if role.owns_norm() {
+                self.shape.norm_bytes
+            } else {
+                0
+            },
+            head_bytes: self.head_held_bytes(role),
+            kv_bytes: self.kv_bytes_per_layer * layers.len() as u64,
+        }
+    }
+
+    /// Predicted time of `rank` with `layers`.
+    pub(super) fn time(&self, rank: usize, layers: &Range<usize>) -> StageTime {
+        let ends_bytes = if Role::of(rank, self.rank_count()).owns_head() {
+            self.shape.norm_bytes + self.shape.head_step_bytes()
+        } else {
+            0
+        };
+        StageTime {
+            bytes: self.layers_bytes(layers) + ends_bytes,
+            speed: self.devices[rank].speed,
+        }
+    }
+
+    /// Bytes by which `rank` with `layers` is over its limit; 0 if it fits.
+    pub(super) fn lack_bytes(&self, rank: usize, layers: &Range<usize>) -> u64 {
+        let need_bytes = self.footprint(rank, layers).total_bytes();
+        need_bytes.saturating_sub(self.devices[rank].memory_limit_bytes)
+    }
+
+    /// The lack of the rank that lacks most in a cut; `None` for a cut without ranks.
+    pub(super) fn worst_lack_bytes(&self, ranges: &[Range<usize>]) -> Option<u64> {
+        let ranges = ranges.iter().enumerate();
+        ranges
+            .map(|(rank, layers)| self.lack_bytes(rank, layers))
+            .max()
+    }
+
+    /// Whether a cut keeps every rank within its limit.
+    pub(super) fn fits(&self, ranges: &[Range<usize>]) -> bool {
+        self.worst_lack_bytes(ranges) == Some(0)
+    }
+
+    /// The time of the slowest stage of a cut; `None` for a cut without ranks.
+    pub(super) fn slowest(&self, ranges: &[Range<usize>]) -> Option<StageTime> {
+        let ranges = ranges.iter().enumerate();
+        ranges.map(|(rank, layers)| self.time(rank, layers)).max()
+    }
+
+    /// The stages of a cut into one range a rank.
+    pub(super) fn stages(&self, ranges: &[Range<usize>]) -> Vec<Stage> {
+        let stage = |(rank, layers): (usize, &Range<usize>)| Stage {
+            device: self.devices[rank].clone(),
+            layers: layers.clone(),
+            role: Role::of(rank, self.rank_count()),
+            footprint: self.footprint(rank, layers),
+            time: self.time(rank, layers),
+        };
+        ranges.iter().enumerate().map(stage).collect()
+    }
+
+    fn layers_bytes(&self, layers: &Range<usize>) -> u64 {
+        self.bytes_before[layers.end] - self.bytes_before[layers.start]
+    }
+
+    fn head_held_bytes(&self, role: Role) -> u64 {
+        match (role, self.shape.head) {
+            (Role::First | Role::Middle, _) | (Role::Only, Head::Tied) => 0,
+            (Role::Only | Role::Last, _) => self.shape.head_step_bytes(),
+        }
+    }
+}

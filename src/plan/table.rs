@@ -1,0 +1,237 @@
+//! The plan for people: tables of at most 80 columns, and the layout they share.
+//!
+//! Own layout of some fifty lines because a table crate brings terminal detection and borders,
+//! and still leaves the one hard part, fitting the host's name into what the numbers leave.
+
+use std::fmt;
+
+use super::strategy::ShowLayers;
+use super::{Plan, Role, Stage};
+
+/// Widest line in characters.
+const WIDTH: usize = 80;
+const GAP: usize = 2;
+/// The column that is shortened when a line gets too long.
+const ELASTIC: &str = "host";
+
+/// Bytes in GB (1e9 bytes) with three decimals, rounded half up.
+pub(super) fn gigabytes(bytes: u64) -> String {
+    let megabytes = bytes / 1_000_000 + u64::from(bytes % 1_000_000 >= 500_000);
+    format!("{}.{:03}", megabytes / 1000, megabytes % 1000)
+}
+
+/// `text` with control characters replaced: names come from files and other hosts.
+pub(super) fn printable(text: &str) -> String {
+    text.chars()
+        .map(|c| if c.is_control() { '?' } else { c })
+        .collect()
+}
+
+#[derive(Clone, Copy)]
+pub(super) enum Align {
+    Left,
+    Right,
+}
+
+/// Rows of text under headings, laid out when displayed.
+pub(super) struct Table {
+    columns: Vec<(&'static str, Align)>,
+    rows: Vec<Vec<String>>,
+}
+
+impl Table {
+    pub(super) fn new(columns: &[(&'static str, Align)]) -> Self {
+        Self {
+            columns: columns.to_vec(),
+            rows: Vec::new(),
+        }
+    }
+
+    /// Adds a row with one cell a column.
+    pub(super) fn row(&mut self, cells: Vec<String>) {
+        debug_assert_eq!(cells.len(), self.columns.len());
+        self.rows.push(cells);
+    }
+
+    /// The width of each column; the elastic one gives way, down to four characters.
+    fn widths(&self) -> Vec<usize> {
+        let width = |(column, (title, _)): (usize, &(&str, Align))| {
+            let cells = self.rows.iter().map(|row| row[column].chars().count());
+            cells.max().unwrap_or(0).max(title.chars().count())
+        };
+        let mut widths: Vec<usize> = self.columns.iter().enumerate().map(width).collect();
+        let line = widths.iter().sum::<usize>() + GAP * widths.len().saturating_sub(1);
+        if let Some(column) = self.columns.iter().position(|(title, _)| *title == ELASTIC) {
+            widths[column] = widths[column]
+                .saturating_sub(line.saturating_sub(WIDTH))
+                .max(4);
+        }
+        widths
+    }
+
+    fn line(&self, cells: &[&str], widths: &[usize]) -> String {
+        let cell = |((text, width), (_, align)): ((&&str, &usize), &(&str, Align))| {
+            let text = shorten(text, *width);
+            match align {
+                Align::Left => format!("{text:<width$}"),
+                Align::Right => format!("{text:>width$}"),
+            }
+        };
+        let columns = cells.iter().zip(widths).zip(&self.columns);
+        let cells: Vec<String> = columns.map(cell).collect();
+        cells.join(&" ".repeat(GAP)).trim_end().to_owned()
+    }
+}
+
+impl fmt::Display for Table {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let widths = self.widths();
+        let titles: Vec<&str> = self.columns.iter().map(|(title, _)| *title).collect();
+        writeln!(f, "{}", self.line(&titles, &widths))?;
+        for row in &self.rows {
+            let cells: Vec<&str> = row.iter().map(String::as_str).collect();
+            writeln!(f, "{}", self.line(&cells, &widths))?;
+        }
+        Ok(())
+    }
+}
+
+/// `text` in at most `width` characters, the cut marked with `~`.
+fn shorten(text: &str, width: usize) -> String {
+    if text.chars().count() <= width {
+        return text.to_owned();
+    }
+    text.chars()
+        .take(width.saturating_sub(1))
+        .chain(['~'])
+        .collect()
+}
+
+/// The plan, a rank a line, with totals and the memory saved. At most 80 columns; ends with a
+/// line break.
+pub fn plan_table(plan: &Plan) -> String {
+    use Align::{Left, Right};
+    let mut table = Table::new(&[
+        ("rank", Right),
+        (ELASTIC, Left),
+        ("layers", Left),
+        ("", Right),
+        ("owns", Left),
+        ("weights", Right),
+        ("KV", Right),
+        ("total", Right),
+        ("limit", Right),
+        ("step", Right),
+    ]);
+    for (rank, stage) in plan.stages.iter().enumerate() {
+        table.row(plan_row(plan, rank, stage));
+    }
+    let kv_bytes = plan.total_bytes().saturating_sub(plan.weights_bytes());
+    let blank = String::new;
+    table.row(vec![
+        blank(),
+        "all".to_owned(),
+        blank(),
+        plan.layer_count.to_string(),
+        blank(),
+        gigabytes(plan.weights_bytes()),
+        gigabytes(kv_bytes),
+        gigabytes(plan.total_bytes()),
+        blank(),
+        blank(),
+    ]);
+    format!("{}{table}{}", heading(plan), summary(plan))
+}
+
+fn heading(plan: &Plan) -> String {
+    let strategy = match plan.chosen == plan.strategy {
+        true => plan.strategy.to_string(),
+        false => format!("{} (chose {})", plan.strategy, plan.chosen),
+    };
+    format!(
+        "plan {}: {strategy}, context {} x {} sequences, wire {}\n\
+         sizes in GB = 1e9 bytes; step = busy share of a full pipeline's step\n",
+        &plan.fingerprint_hex()[..12],
+        plan.context_tokens,
+        plan.sequences,
+        plan.wire_dtype,
+    )
+}
+
+fn plan_row(plan: &Plan, rank: usize, stage: &Stage) -> Vec<String> {
+    let owns = match stage.role {
+        Role::Only => "all",
+        Role::First => "embedding",
+        Role::Middle => "",
+        Role::Last => "norm, head",
+    };
+    vec![
+        rank.to_string(),
+        printable(&stage.device.name),
+        ShowLayers(&stage.layers).to_string(),
+        stage.layers.len().to_string(),
+        owns.to_owned(),
+        gigabytes(stage.footprint.weights_bytes()),
+        gigabytes(stage.footprint.kv_bytes),
+        gigabytes(stage.footprint.total_bytes()),
+        gigabytes(stage.device.memory_limit_bytes),
+        percent(plan.share_of_step(stage)),
+    ]
+}
+
+fn summary(plan: &Plan) -> String {
+    let full_copies_bytes = plan.full_copies_bytes();
+    let saved_share = plan.memory_saved_bytes() as f64 / full_copies_bytes.max(1) as f64;
+    format!(
+        "balance {}; one model {} GB, {} full copies {} GB\n\
+         memory saved against a full copy on every rank: {} GB ({:.1} %)\n",
+        percent(plan.balance()),
+        gigabytes(plan.model_bytes),
+        plan.stages.len(),
+        gigabytes(full_copies_bytes),
+        gigabytes(plan.memory_saved_bytes()),
+        saved_share * 100.0,
+    )
+}
+
+fn percent(share: f64) -> String {
+    format!("{:.0} %", share * 100.0)
+}
+
+/// What each rank holds, by component. At most 80 columns; ends with a line break.
+pub fn memory_table(plan: &Plan) -> String {
+    use Align::{Left, Right};
+    let mut table = Table::new(&[
+        ("rank", Right),
+        (ELASTIC, Left),
+        ("layers", Right),
+        ("embedding", Right),
+        ("norm + head", Right),
+        ("KV", Right),
+        ("total", Right),
+    ]);
+    let mut sums = [0_u64; 5];
+    for (rank, stage) in plan.stages.iter().enumerate() {
+        let parts = components(stage);
+        sums.iter_mut()
+            .zip(parts)
+            .for_each(|(sum, bytes)| *sum = sum.saturating_add(bytes));
+        let names = vec![rank.to_string(), printable(&stage.device.name)];
+        table.row(names.into_iter().chain(parts.map(gigabytes)).collect());
+    }
+    let names = vec![String::new(), "all".to_owned()];
+    table.row(names.into_iter().chain(sums.map(gigabytes)).collect());
+    format!("memory by component in GB\n{table}")
+}
+
+fn components(stage: &Stage) -> [u64; 5] {
+    let held = &stage.footprint;
+    let ends_bytes = held.norm_bytes.saturating_add(held.head_bytes);
+    [
+        held.layers_bytes,
+        held.embedding_bytes,
+        ends_bytes,
+        held.kv_bytes,
+        held.total_bytes(),
+    ]
+}

@@ -1,0 +1,134 @@
+//! A line of progress on standard error, for a person at a terminal.
+//!
+//! Under `mpirun` the ranks' standard error is a pipe to it even when a person is watching; so where the
+//! launcher's own standard error can be looked up, that decides.
+
+use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle, TermLike};
+use std::io::{self, IsTerminal, Write};
+
+/// Counts answers and tokens where somebody sees it; silent elsewhere.
+pub struct Progress {
+    bar: ProgressBar,
+    answers: u64,
+}
+
+impl Default for Progress {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+impl Progress {
+    /// A progress for this process's standard error: silent where nobody would see it, and where the
+    /// answers themselves appear on the terminal.
+    pub fn new() -> Self {
+        let target = if !reaches_terminal(Stream::Error) || reaches_terminal(Stream::Output) {
+            ProgressDrawTarget::hidden()
+        } else if io::stderr().is_terminal() {
+            ProgressDrawTarget::stderr()
+        } else {
+            ProgressDrawTarget::term_like_with_hz(Box::new(Forwarded), 4)
+        };
+        let bar = ProgressBar::with_draw_target(None, target);
+        let style =
+            ProgressStyle::with_template("{prefix} answered, {pos} tokens, {per_sec}, {elapsed}");
+        bar.set_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()));
+        bar.set_prefix("0");
+        Self { bar, answers: 0 }
+    }
+
+    /// One more token.
+    pub fn token(&self) {
+        self.bar.inc(1);
+    }
+
+    /// One more answer.
+    pub fn answered(&mut self) {
+        self.answers += 1;
+        self.bar.set_prefix(self.answers.to_string());
+    }
+
+    /// A line for the user that stays, also where no progress is shown.
+    pub fn warn(&self, text: &str) {
+        self.bar.suspend(|| eprintln!("mlx-pipe: {text}"));
+    }
+
+    /// Takes the line away.
+    pub fn finish(&self) {
+        self.bar.finish_and_clear();
+    }
+}
+
+/// One of the standard streams, by its file descriptor.
+#[derive(Debug, Clone, Copy)]
+enum Stream {
+    Output = 1,
+    Error = 2,
+}
+
+/// Whether a person sees what is written there. Open MPI gives ranks a pseudo-terminal or a pipe whatever
+/// its own streams are, so under `mpirun` those of the launcher count (known on Linux only).
+fn reaches_terminal(stream: Stream) -> bool {
+    if std::env::var_os("OMPI_COMM_WORLD_RANK").is_none() {
+        return match stream {
+            Stream::Output => io::stdout().is_terminal(),
+            Stream::Error => io::stderr().is_terminal(),
+        };
+    }
+    // SAFETY: `getppid` has no preconditions.
+    let launcher = unsafe { libc::getppid() };
+    std::fs::read_link(format!("/proc/{launcher}/fd/{}", stream as i32))
+        .is_ok_and(|target| target.starts_with("/dev/pts") || target.starts_with("/dev/tty"))
+}
+
+/// Standard error as `mpirun` forwards it: bytes go through unchanged, sizes cannot be asked.
+#[derive(Debug)]
+struct Forwarded;
+
+impl TermLike for Forwarded {
+    fn width(&self) -> u16 {
+        80
+    }
+
+    fn move_cursor_up(&self, lines: usize) -> io::Result<()> {
+        self.control(lines, 'A')
+    }
+
+    fn move_cursor_down(&self, lines: usize) -> io::Result<()> {
+        self.control(lines, 'B')
+    }
+
+    fn move_cursor_right(&self, columns: usize) -> io::Result<()> {
+        self.control(columns, 'C')
+    }
+
+    fn move_cursor_left(&self, columns: usize) -> io::Result<()> {
+        self.control(columns, 'D')
+    }
+
+    fn write_line(&self, text: &str) -> io::Result<()> {
+        self.write_str(&format!("{text}\r\n"))
+    }
+
+    fn write_str(&self, text: &str) -> io::Result<()> {
+        io::stderr().write_all(text.as_bytes())
+    }
+
+    fn clear_line(&self) -> io::Result<()> {
+        self.write_str("\r\x1b[2K")
+    }
+
+    fn flush(&self) -> io::Result<()> {
+        io::stderr().flush()
+    }
+}
+
+impl Forwarded {
+    /// An ANSI cursor movement; none for a count of 0, which terminals take for 1.
+    fn control(&self, count: usize, letter: char) -> io::Result<()> {
+        match count {
+            0 => Ok(()),
+            count => self.write_str(&format!("\x1b[{count}{letter}")),
+        }
+    }
+}

@@ -1,0 +1,711 @@
+//! A JSON body of the OpenAI API, field by field.
+//!
+//! Separate from the reader because a line of a file and the body of an HTTP request are the same thing. Three kinds of
+//! fields exist: those that are understood; those that are known and would change the answer, which are refused unless
+//! they hold the value that changes nothing; and those that cannot change the answer, which are ignored. A field of no
+//! kind is refused too: most often it is one of the first kind, misspelt.
+
+use serde_json::{Map, Value};
+
+use super::{Chat, Endpoint, Message, Prompt, Rejection, RejectionCode, Role, Sampling};
+
+/// How many stop texts a request may name. OpenAI allows 4; templates with several end markers need more.
+pub const STOP_COUNT_MAX: usize = 16;
+
+/// How many likely tokens may be reported for each place, as in OpenAI's chat endpoint.
+pub const TOP_LOGPROBS_MAX: u8 = 20;
+
+/// A request as its body says it, not yet tied to a line or a connection.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Body {
+    /// Which endpoint the body is for.
+    pub endpoint: Endpoint,
+    /// What to continue.
+    pub prompt: Prompt,
+    /// How to continue it; every value is inside its range.
+    pub sampling: Sampling,
+    /// Whether the answer was asked for piece by piece. That does not change it, so a file may say so and is answered
+    /// with whole lines all the same.
+    pub stream: bool,
+}
+
+impl Body {
+    /// Reads the body of a request for `endpoint`; with `None`, the body itself says which (`messages` or `prompt`).
+    ///
+    /// Fields that are absent or `null` take their value from `defaults`.
+    ///
+    /// # Errors
+    ///
+    /// A [`Rejection`] that names the field, what was expected and what was found.
+    pub fn parse(
+        bytes: &[u8],
+        endpoint: Option<Endpoint>,
+        defaults: &Sampling,
+    ) -> Result<Body, Rejection> {
+        let value = serde_json::from_slice(bytes).map_err(|error| invalid_json(&error, 0))?;
+        match value {
+            Value::Object(fields) => Body::from_fields(fields, endpoint, defaults),
+            other => Err(Rejection::new(
+                RejectionCode::InvalidType,
+                format!("the body must be a JSON object, found {}", found(&other)),
+            )),
+        }
+    }
+
+    /// As [`Body::parse`], for an object that is parsed already.
+    ///
+    /// # Errors
+    ///
+    /// As [`Body::parse`].
+    pub fn from_fields(
+        fields: Map<String, Value>,
+        endpoint: Option<Endpoint>,
+        defaults: &Sampling,
+    ) -> Result<Body, Rejection> {
+        let mut fields = Fields(fields);
+        let endpoint = fields.endpoint(endpoint)?;
+        fields.refuse_unsupported()?;
+        let prompt = match endpoint {
+            Endpoint::Completion => text_or_tokens(fields.required("prompt")?)?,
+            Endpoint::Chat => Prompt::Chat(chat(&mut fields)?),
+        };
+        let sampling = sampling(&mut fields, endpoint, defaults)?;
+        let stream = fields.boolean("stream")?.unwrap_or(false);
+        fields.refuse_unknown()?;
+        Ok(Body {
+            endpoint,
+            prompt,
+            sampling,
+            stream,
+        })
+    }
+}
+
+impl Sampling {
+    /// Checks every value against its range; the command line's defaults go through here as well.
+    ///
+    /// # Errors
+    ///
+    /// A [`Rejection`] that names the first field out of range, the range, and the value.
+    pub fn validate(&self) -> Result<(), Rejection> {
+        let out_of_range = |field: &str, expected: &str, value: &dyn std::fmt::Display| {
+            Err(Rejection::of_field(
+                RejectionCode::InvalidValue,
+                field,
+                format!("`{field}` must be {expected}, found {value}"),
+            ))
+        };
+        if self.max_tokens == 0 {
+            return out_of_range("max_tokens", "1 or more", &self.max_tokens);
+        }
+        if !(self.temperature.is_finite() && self.temperature >= 0.0) {
+            return out_of_range(
+                "temperature",
+                "a finite number of 0 or more",
+                &self.temperature,
+            );
+        }
+        if !(self.top_p > 0.0 && self.top_p <= 1.0) {
+            return out_of_range("top_p", "above 0 and at most 1", &self.top_p);
+        }
+        if !(0.0..=1.0).contains(&self.min_p) {
+            return out_of_range("min_p", "between 0 and 1", &self.min_p);
+        }
+        if !(self.repetition_penalty.is_finite() && self.repetition_penalty > 0.0) {
+            return out_of_range(
+                "repetition_penalty",
+                "a finite number above 0",
+                &self.repetition_penalty,
+            );
+        }
+        if self.stop.len() > STOP_COUNT_MAX {
+            return out_of_range(
+                "stop",
+                &format!("at most {STOP_COUNT_MAX} texts"),
+                &self.stop.len(),
+            );
+        }
+        if self.stop.iter().any(String::is_empty) {
+            return out_of_range("stop", "texts that are not empty", &"an empty one");
+        }
+        match self.logprobs {
+            Some(count) if count > TOP_LOGPROBS_MAX => {
+                out_of_range("logprobs", &format!("at most {TOP_LOGPROBS_MAX}"), &count)
+            }
+            _ => Ok(()),
+        }
+    }
+}
+
+/// Fields that cannot change the answer: they name, bill, store or route the request.
+const HARMLESS: &[&str] = &[
+    "metadata",
+    "model",
+    "parallel_tool_calls",
+    "prediction",
+    "prompt_cache_key",
+    "prompt_cache_retention",
+    "safety_identifier",
+    "service_tier",
+    "store",
+    "stream_options",
+    "user",
+];
+
+/// Fields that would change the answer: the name, what it may hold, in words, and the test for that.
+type Unsupported = (&'static str, &'static str, fn(&Value) -> bool);
+const UNSUPPORTED: &[Unsupported] = &[
+    ("n", "1", is_one),
+    ("best_of", "1", is_one),
+    ("presence_penalty", "0", is_zero),
+    ("frequency_penalty", "0", is_zero),
+    ("logit_bias", "{}", |value| {
+        value.as_object().is_some_and(Map::is_empty)
+    }),
+    ("tools", "[]", is_empty_array),
+    ("tool_choice", "\"none\" or \"auto\"", is_none_or_auto),
+    ("functions", "[]", is_empty_array),
+    ("function_call", "\"none\" or \"auto\"", is_none_or_auto),
+    ("echo", "false", is_false),
+    ("suffix", "\"\"", |value| value == ""),
+    ("response_format", "{\"type\": \"text\"}", |value| {
+        value.get("type").is_some_and(|kind| kind == "text")
+    }),
+    ("modalities", "[\"text\"]", |value| {
+        value
+            .as_array()
+            .is_some_and(|kinds| kinds.iter().all(|kind| kind == "text"))
+    }),
+    ("audio", "null", Value::is_null),
+    ("reasoning_effort", "null", Value::is_null),
+    ("verbosity", "\"medium\"", |value| value == "medium"),
+    ("web_search_options", "null", Value::is_null),
+    ("ignore_eos", "false", is_false),
+    ("min_tokens", "0", is_zero),
+    ("stop_token_ids", "[]", is_empty_array),
+];
+
+fn is_one(value: &Value) -> bool {
+    value.as_f64() == Some(1.0)
+}
+
+fn is_zero(value: &Value) -> bool {
+    value.as_f64() == Some(0.0)
+}
+
+fn is_false(value: &Value) -> bool {
+    value == &Value::Bool(false)
+}
+
+fn is_empty_array(value: &Value) -> bool {
+    value.as_array().is_some_and(Vec::is_empty)
+}
+
+fn is_none_or_auto(value: &Value) -> bool {
+    value == "none" || value == "auto"
+}
+
+/// The fields of an object that nobody has taken yet.
+pub(super) struct Fields(pub(super) Map<String, Value>);
+
+impl Fields {
+    /// Takes a field out; `null` counts as absent, as in OpenAI's API.
+    fn take(&mut self, name: &str) -> Option<Value> {
+        self.0.remove(name).filter(|value| !value.is_null())
+    }
+
+    pub(super) fn required(&mut self, name: &str) -> Result<Value, Rejection> {
+        self.take(name)
+            .ok_or_else(|| missing(name, &format!("`{name}` is missing")))
+    }
+
+    pub(super) fn required_string(&mut self, name: &str) -> Result<String, Rejection> {
+        string(name, self.required(name)?)
+    }
+
+    fn boolean(&mut self, name: &str) -> Result<Option<bool>, Rejection> {
+        let Some(value) = self.take(name) else {
+            return Ok(None);
+        };
+        value
+            .as_bool()
+            .map(Some)
+            .ok_or_else(|| wrong_type(name, "true or false", &value))
+    }
+
+    /// A number, narrowed to f32. What does not fit becomes infinite or 0 and is left to [`Sampling::validate`].
+    fn number(&mut self, name: &str) -> Result<Option<f32>, Rejection> {
+        let Some(value) = self.take(name) else {
+            return Ok(None);
+        };
+        value
+            .as_f64()
+            .map(|number| Some(number as f32))
+            .ok_or_else(|| wrong_type(name, "a number", &value))
+    }
+
+    /// A whole number in `[least, most]`.
+    fn integer(&mut self, name: &str, least: i64, most: i64) -> Result<Option<i64>, Rejection> {
+        let Some(value) = self.take(name) else {
+            return Ok(None);
+        };
+        match value.as_i64() {
+            Some(number) if (least..=most).contains(&number) => Ok(Some(number)),
+            Some(_) => Err(wrong_value(name, &integer_range(least, most), &value)),
+            None if value.is_u64() => Err(wrong_value(name, &integer_range(least, most), &value)),
+            None => Err(wrong_type(name, "an integer", &value)),
+        }
+    }
+
+    /// The endpoint that the prompt's field names; it must be `wanted` if that is known.
+    fn endpoint(&self, wanted: Option<Endpoint>) -> Result<Endpoint, Rejection> {
+        let has = |name| {
+            self.0
+                .get(name)
+                .is_some_and(|value: &Value| !value.is_null())
+        };
+        let named = match (has("prompt"), has("messages")) {
+            (true, false) => Endpoint::Completion,
+            (false, true) => Endpoint::Chat,
+            (true, true) => {
+                return Err(Rejection::of_field(
+                    RejectionCode::InvalidValue,
+                    "messages",
+                    "the body has both `prompt` and `messages`; expected one of them",
+                ));
+            }
+            (false, false) => return Err(missing_prompt(wanted)),
+        };
+        match wanted {
+            Some(wanted) if wanted != named => Err(Rejection::of_field(
+                RejectionCode::InvalidValue,
+                prompt_field(named),
+                format!(
+                    "a body for {} has `{}`, found `{}`",
+                    wanted.url(),
+                    prompt_field(wanted),
+                    prompt_field(named)
+                ),
+            )),
+            _ => Ok(named),
+        }
+    }
+
+    fn refuse_unsupported(&mut self) -> Result<(), Rejection> {
+        for (name, neutral, is_neutral) in UNSUPPORTED {
+            if let Some(value) = self.take(name)
+                && !is_neutral(&value)
+            {
+                let message = format!(
+                    "`{name}` would change the answer and is not supported; leave it out or set it to {neutral}, found {}",
+                    found(&value)
+                );
+                return Err(Rejection::of_field(
+                    RejectionCode::UnsupportedField,
+                    name,
+                    message,
+                ));
+            }
+        }
+        Ok(())
+    }
+
+    /// Refuses what is left, once everything known was taken.
+    pub(super) fn refuse_unknown(&self) -> Result<(), Rejection> {
+        match self
+            .0
+            .keys()
+            .find(|name| !HARMLESS.contains(&name.as_str()))
+        {
+            None => Ok(()),
+            Some(name) => {
+                let shown = shorten(name);
+                let message =
+                    format!("`{shown}` is not a known field; correct its name or leave it out");
+                Err(Rejection::of_field(
+                    RejectionCode::UnknownField,
+                    &shown,
+                    message,
+                ))
+            }
+        }
+    }
+}
+
+fn prompt_field(endpoint: Endpoint) -> &'static str {
+    match endpoint {
+        Endpoint::Completion => "prompt",
+        Endpoint::Chat => "messages",
+    }
+}
+
+fn missing_prompt(wanted: Option<Endpoint>) -> Rejection {
+    match wanted {
+        Some(endpoint) => missing(
+            prompt_field(endpoint),
+            &format!("`{}` is missing", prompt_field(endpoint)),
+        ),
+        None => missing(
+            "prompt",
+            "there is neither `prompt` nor `messages`; expected one of them",
+        ),
+    }
+}
+
+fn sampling(
+    fields: &mut Fields,
+    endpoint: Endpoint,
+    defaults: &Sampling,
+) -> Result<Sampling, Rejection> {
+    let sampling = Sampling {
+        max_tokens: max_tokens(fields)?.unwrap_or(defaults.max_tokens),
+        temperature: fields
+            .number("temperature")?
+            .unwrap_or(defaults.temperature),
+        top_p: fields.number("top_p")?.unwrap_or(defaults.top_p),
+        top_k: top_k(fields)?.unwrap_or(defaults.top_k),
+        min_p: fields.number("min_p")?.unwrap_or(defaults.min_p),
+        repetition_penalty: fields
+            .number("repetition_penalty")?
+            .unwrap_or(defaults.repetition_penalty),
+        seed: seed(fields)?.or(defaults.seed),
+        stop: stop(fields)?.unwrap_or_else(|| defaults.stop.clone()),
+        logprobs: match endpoint {
+            Endpoint::Completion => completion_logprobs(fields, defaults.logprobs)?,
+            Endpoint::Chat => chat_logprobs(fields, defaults.logprobs)?,
+        },
+    };
+    sampling.validate()?;
+    Ok(sampling)
+}
+
+/// `max_tokens` and OpenAI's newer name for it; both at once must agree.
+fn max_tokens(fields: &mut Fields) -> Result<Option<usize>, Rejection> {
+    let old = fields.integer("max_tokens", 1, i64::MAX)?;
+    let new = fields.integer("max_completion_tokens", 1, i64::MAX)?;
+    if let (Some(old), Some(new)) = (old, new)
+        && old != new
+    {
+        let message =
+            format!("`max_tokens` is {old} and `max_completion_tokens` is {new}; give one of them");
+        return Err(Rejection::of_field(
+            RejectionCode::InvalidValue,
+            "max_completion_tokens",
+            message,
+        ));
+    }
+    Ok(old
+        .or(new)
+        .map(|count| usize::try_from(count).unwrap_or(usize::MAX)))
+}
+
+/// 0 keeps every candidate, and so does -1, which other servers use for it.
+fn top_k(fields: &mut Fields) -> Result<Option<u32>, Rejection> {
+    let top_k = fields.integer("top_k", -1, i64::from(u32::MAX))?;
+    Ok(top_k.map(|count| u32::try_from(count).unwrap_or(0)))
+}
+
+/// Any 64-bit integer; a negative one stands for its two's complement.
+fn seed(fields: &mut Fields) -> Result<Option<u64>, Rejection> {
+    let Some(value) = fields.take("seed") else {
+        return Ok(None);
+    };
+    let seed = value
+        .as_u64()
+        .or_else(|| value.as_i64().map(i64::cast_unsigned));
+    seed.map(Some)
+        .ok_or_else(|| wrong_type("seed", "a 64-bit integer", &value))
+}
+
+fn stop(fields: &mut Fields) -> Result<Option<Vec<String>>, Rejection> {
+    match fields.take("stop") {
+        None => Ok(None),
+        Some(Value::String(text)) => Ok(Some(vec![text])),
+        Some(Value::Array(texts)) => {
+            let numbered = texts.into_iter().enumerate();
+            numbered
+                .map(|(i, text)| string(&format!("stop[{i}]"), text))
+                .collect::<Result<_, _>>()
+                .map(Some)
+        }
+        Some(other) => Err(wrong_type(
+            "stop",
+            "a string or an array of strings",
+            &other,
+        )),
+    }
+}
+
+fn completion_logprobs(fields: &mut Fields, default: Option<u8>) -> Result<Option<u8>, Rejection> {
+    if fields.0.get("logprobs").is_some_and(Value::is_boolean) {
+        let message = "`logprobs` is an integer beside `prompt` (how many likely tokens to report), found a boolean";
+        return Err(Rejection::of_field(
+            RejectionCode::InvalidType,
+            "logprobs",
+            message,
+        ));
+    }
+    Ok(top_logprobs(fields, "logprobs")?.or(default))
+}
+
+fn chat_logprobs(fields: &mut Fields, default: Option<u8>) -> Result<Option<u8>, Rejection> {
+    let wanted = fields.boolean("logprobs")?;
+    let top = top_logprobs(fields, "top_logprobs")?;
+    match (wanted, top) {
+        (Some(true), top) => Ok(Some(top.unwrap_or(0))),
+        (_, Some(_)) => Err(Rejection::of_field(
+            RejectionCode::InvalidValue,
+            "top_logprobs",
+            "`top_logprobs` needs `logprobs` to be true",
+        )),
+        (Some(false), None) => Ok(None),
+        (None, None) => Ok(default),
+    }
+}
+
+fn top_logprobs(fields: &mut Fields, name: &str) -> Result<Option<u8>, Rejection> {
+    let count = fields.integer(name, 0, i64::from(TOP_LOGPROBS_MAX))?;
+    Ok(count.and_then(|count| u8::try_from(count).ok()))
+}
+
+fn text_or_tokens(value: Value) -> Result<Prompt, Rejection> {
+    match value {
+        Value::String(text) => Ok(Prompt::Text(text)),
+        Value::Array(items) => prompt_array(items),
+        other => Err(wrong_type(
+            "prompt",
+            "a string or an array of token ids",
+            &other,
+        )),
+    }
+}
+
+/// Token ids, or one prompt in an array of prompts.
+fn prompt_array(mut items: Vec<Value>) -> Result<Prompt, Rejection> {
+    match items.first() {
+        None => Err(wrong_value(
+            "prompt",
+            "at least one token id",
+            &Value::Array(items),
+        )),
+        Some(Value::Number(_)) => token_ids(&items).map(Prompt::Tokens),
+        Some(Value::String(_) | Value::Array(_)) if items.len() > 1 => Err(Rejection::of_field(
+            RejectionCode::UnsupportedField,
+            "prompt",
+            format!(
+                "`prompt` holds {} prompts; give each a request of its own",
+                items.len()
+            ),
+        )),
+        Some(Value::String(_)) => text_or_tokens(items.swap_remove(0)),
+        Some(empty @ Value::Array(ids)) if ids.is_empty() => {
+            Err(wrong_value("prompt", "at least one token id", empty))
+        }
+        Some(Value::Array(ids)) => token_ids(ids).map(Prompt::Tokens),
+        Some(other) => Err(wrong_type("prompt[0]", "a token id", other)),
+    }
+}
+
+fn token_ids(items: &[Value]) -> Result<Vec<u32>, Rejection> {
+    let id = |(i, item): (usize, &Value)| {
+        let id = item.as_u64().and_then(|id| u32::try_from(id).ok());
+        id.ok_or_else(|| {
+            wrong_type(
+                &format!("prompt[{i}]"),
+                "a token id (0 to 4294967295)",
+                item,
+            )
+        })
+    };
+    items.iter().enumerate().map(id).collect()
+}
+
+fn chat(fields: &mut Fields) -> Result<Chat, Rejection> {
+    let messages = match fields.required("messages")? {
+        Value::Array(items) if items.is_empty() => {
+            return Err(wrong_value(
+                "messages",
+                "at least one message",
+                &Value::Array(items),
+            ));
+        }
+        Value::Array(items) => items,
+        other => return Err(wrong_type("messages", "an array of messages", &other)),
+    };
+    let messages = messages.into_iter().enumerate();
+    Ok(Chat {
+        messages: messages
+            .map(|(i, item)| message(&format!("messages[{i}]"), item))
+            .collect::<Result<_, _>>()?,
+        template_arguments: template_arguments(fields)?,
+    })
+}
+
+/// Variables for the template. Those that the program itself sets are not the caller's to change.
+fn template_arguments(fields: &mut Fields) -> Result<Map<String, Value>, Rejection> {
+    const OURS: [&str; 4] = ["messages", "add_generation_prompt", "tools", "documents"];
+    let arguments = match fields.take("chat_template_kwargs") {
+        None => return Ok(Map::new()),
+        Some(Value::Object(arguments)) => arguments,
+        Some(other) => return Err(wrong_type("chat_template_kwargs", "an object", &other)),
+    };
+    match OURS.into_iter().find(|name| arguments.contains_key(*name)) {
+        None => Ok(arguments),
+        Some(name) => {
+            let field = format!("chat_template_kwargs.{name}");
+            let message = format!("`{field}` cannot be set; leave it out");
+            Err(Rejection::of_field(
+                RejectionCode::UnsupportedField,
+                &field,
+                message,
+            ))
+        }
+    }
+}
+
+fn message(at: &str, item: Value) -> Result<Message, Rejection> {
+    let Value::Object(mut fields) = item else {
+        return Err(wrong_type(at, "an object with `role` and `content`", &item));
+    };
+    let role = role(&format!("{at}.role"), fields.remove("role"))?;
+    let content = fields
+        .remove("content")
+        .filter(|content| !content.is_null());
+    // SDKs write out every optional field as null; a template asks whether a field is there at all.
+    fields.retain(|_, value| !value.is_null());
+    let calls_tools = fields
+        .get("tool_calls")
+        .is_some_and(|calls| !is_empty_array(calls));
+    let content = match content {
+        Some(content) => Some(text_of(&format!("{at}.content"), content)?),
+        None if role == Role::Assistant && calls_tools => None,
+        None => {
+            return Err(missing(
+                &format!("{at}.content"),
+                &format!("`{at}.content` is missing"),
+            ));
+        }
+    };
+    Ok(Message {
+        role,
+        content,
+        more: fields,
+    })
+}
+
+fn role(at: &str, value: Option<Value>) -> Result<Role, Rejection> {
+    let value = value.ok_or_else(|| missing(at, &format!("`{at}` is missing")))?;
+    match value.as_str() {
+        Some("system") => Ok(Role::System),
+        Some("developer") => Ok(Role::Developer),
+        Some("user") => Ok(Role::User),
+        Some("assistant") => Ok(Role::Assistant),
+        Some("tool") => Ok(Role::Tool),
+        Some(_) => Err(wrong_value(
+            at,
+            "system, developer, user, assistant or tool",
+            &value,
+        )),
+        None => Err(wrong_type(at, "a string", &value)),
+    }
+}
+
+/// The text of a message: a string, or an array of text parts, which are joined without anything between them.
+fn text_of(at: &str, content: Value) -> Result<String, Rejection> {
+    match content {
+        Value::String(text) => Ok(text),
+        Value::Array(parts) => parts
+            .into_iter()
+            .enumerate()
+            .map(|(i, part)| text_of_part(&format!("{at}[{i}]"), part))
+            .collect(),
+        other => Err(wrong_type(at, "a string or an array of text parts", &other)),
+    }
+}
+
+fn text_of_part(at: &str, part: Value) -> Result<String, Rejection> {
+    let Value::Object(fields) = part else {
+        return Err(wrong_type(at, "an object with `type` and `text`", &part));
+    };
+    let mut fields = Fields(fields);
+    let kind = fields
+        .take("type")
+        .ok_or_else(|| missing(at, &format!("`{at}.type` is missing")))?;
+    match kind.as_str() {
+        Some("text") => string(
+            &format!("{at}.text"),
+            fields.take("text").unwrap_or(Value::Null),
+        ),
+        _ => Err(Rejection::of_field(
+            RejectionCode::UnsupportedField,
+            at,
+            format!(
+                "`{at}` must be a part of type \"text\", found type {}",
+                found(&kind)
+            ),
+        )),
+    }
+}
+
+fn string(at: &str, value: Value) -> Result<String, Rejection> {
+    match value {
+        Value::String(text) => Ok(text),
+        other => Err(wrong_type(at, "a string", &other)),
+    }
+}
+
+fn integer_range(least: i64, most: i64) -> String {
+    match most {
+        i64::MAX => format!("an integer of {least} or more"),
+        _ => format!("an integer from {least} to {most}"),
+    }
+}
+
+fn missing(field: &str, message: &str) -> Rejection {
+    Rejection::of_field(RejectionCode::MissingField, field, message)
+}
+
+pub(super) fn wrong_type(field: &str, expected: &str, value: &Value) -> Rejection {
+    let message = format!("`{field}` must be {expected}, found {}", found(value));
+    Rejection::of_field(RejectionCode::InvalidType, field, message)
+}
+
+pub(super) fn wrong_value(field: &str, expected: &str, value: &Value) -> Rejection {
+    let message = format!("`{field}` must be {expected}, found {}", found(value));
+    Rejection::of_field(RejectionCode::InvalidValue, field, message)
+}
+
+/// What serde_json says about bytes that start `skipped_bytes` into the line, with the place as a column of that line.
+pub(super) fn invalid_json(error: &serde_json::Error, skipped_bytes: usize) -> Rejection {
+    let text = error.to_string();
+    let place = format!(" at line {} column {}", error.line(), error.column());
+    let what = text.strip_suffix(&place).unwrap_or(&text);
+    let place = match error.line() {
+        0 | 1 => format!("column {}", error.column().saturating_add(skipped_bytes)),
+        line => format!("line {line} of the body, column {}", error.column()),
+    };
+    Rejection::new(
+        RejectionCode::InvalidJson,
+        format!("not valid JSON at {place}: {what}"),
+    )
+}
+
+/// A value as an error text shows it: whole if it is short, else by kind.
+pub(super) fn found(value: &Value) -> String {
+    match value {
+        Value::Array(items) if items.is_empty() => "an empty array".to_owned(),
+        Value::Array(items) => format!("an array of {}", items.len()),
+        Value::Object(_) => "an object".to_owned(),
+        Value::String(text) => format!("{:?}", shorten(text)),
+        other => other.to_string(),
+    }
+}
+
+/// The first characters of a text that may be of any length.
+fn shorten(text: &str) -> String {
+    const CHARS_MAX: usize = 60;
+    match text.char_indices().nth(CHARS_MAX) {
+        None => text.to_owned(),
+        Some((end, _)) => format!("{}...", text.get(..end).unwrap_or_default()),
+    }
+}

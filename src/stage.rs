@@ -1,0 +1,328 @@
+//! This rank's slice of the model: token ids or hidden states in, hidden states or logits out.
+//!
+//! A stage that begins the model has an embedding, one that ends it has a head; a stage without either
+//! has no field that could be misused. Arrays are evaluated at the stage's border and nowhere else.
+
+use crate::checkpoint::Consumed;
+use crate::model::{
+    Architecture, HeadSpec, KvShape, Layer, LayerCache, Linear, ModelFiles, RmsNorm, Rope, Span,
+    Weights,
+};
+use crate::pipeline::Compute;
+use crate::plan::{self, WireDtype};
+use crate::wire::Step;
+use anyhow::{Context, Result, bail, ensure};
+use mlx_rs::{Array, Device, DeviceType, Dtype};
+use std::collections::HashMap;
+
+/// What a stage's rows are made of.
+#[derive(Debug)]
+enum Inlet {
+    /// The first stage looks token ids up, `[vocabulary, hidden]`.
+    Embedding(Linear),
+    /// The others receive hidden states.
+    Upstream,
+}
+
+/// What a stage's rows become.
+#[derive(Debug)]
+enum Outlet {
+    /// Hidden states for the next stage.
+    Downstream,
+    /// The last stage: final norm, then `[vocabulary, hidden]`.
+    Head { norm: RmsNorm, projection: Linear },
+}
+
+/// What a stage made of a step.
+#[derive(Debug)]
+pub enum Output {
+    /// `[rows, hidden]` in the wire dtype, little-endian, for the next rank.
+    Hidden(Vec<u8>),
+    /// For every sampled entry in order, its logits over the vocabulary.
+    Logits(Vec<Vec<f32>>),
+}
+
+/// The contiguous layers of one rank, and the caches of the sequences in flight.
+#[derive(Debug)]
+pub struct Stage {
+    inlet: Inlet,
+    layers: Vec<Layer>,
+    outlet: Outlet,
+    rope: Rope,
+    hidden_size: usize,
+    vocab_size: usize,
+    kv_shape: KvShape,
+    wire_dtype: Dtype,
+    /// For every sequence in flight, a cache for each layer.
+    caches: HashMap<u32, Vec<LayerCache>>,
+}
+
+impl Stage {
+    /// Loads the tensors that the plan gives to this stage, and nothing else.
+    ///
+    /// # Errors
+    /// A tensor that cannot be read, or a difference between what was planned and what was loaded.
+    pub fn load(
+        files: &ModelFiles,
+        stage: &plan::Stage,
+        wire_dtype: WireDtype,
+    ) -> Result<(Self, Consumed)> {
+        let architecture = &files.architecture;
+        let activation_dtype = to_mlx(wire_dtype);
+        let mut weights = Weights::new(files.checkpoint.reader(), activation_dtype);
+        let layers = architecture.layers[stage.layers.clone()]
+            .iter()
+            .map(|spec| Layer::load(architecture, spec, &mut weights))
+            .collect::<Result<Vec<_>>>()?;
+        let (inlet, outlet) = load_ends(architecture, stage, &mut weights)?;
+        let planned = files.inventory.of_stage(stage);
+        let consumed = weights.finish(planned)?;
+        let loaded = Self {
+            inlet,
+            layers,
+            outlet,
+            rope: Rope::new(architecture),
+            hidden_size: architecture.hidden_size,
+            vocab_size: architecture.vocab_size,
+            kv_shape: KvShape {
+                kv_head_count: architecture.family.kv_head_count as i32,
+                head_dim: architecture.family.head_dim as i32,
+                dtype: activation_dtype,
+            },
+            wire_dtype: activation_dtype,
+            caches: HashMap::new(),
+        };
+        Ok((loaded, consumed))
+    }
+
+    /// The caches of the step's entries, cut back to where each entry starts. They are put back after
+    /// the step; a step that fails ends the run, so none is missed.
+    fn take_caches(&mut self, step: &Step) -> Result<Vec<Vec<LayerCache>>> {
+        let mut taken = Vec::with_capacity(step.entries.len());
+        for entry in &step.entries {
+            ensure!(
+                step.entries
+                    .iter()
+                    .filter(|other| other.slot == entry.slot)
+                    .count()
+                    == 1,
+                "step {} has slot {} twice",
+                step.number,
+                entry.slot
+            );
+            let mut of_sequence = match self.caches.remove(&entry.slot) {
+                Some(caches) => caches,
+                None => (0..self.layers.len())
+                    .map(|_| LayerCache::new(self.kv_shape))
+                    .collect::<Result<_>>()?,
+            };
+            for cache in &mut of_sequence {
+                cache
+                    .cut_back(entry.start as usize)
+                    .with_context(|| format!("step {}, slot {}", step.number, entry.slot))?;
+            }
+            taken.push(of_sequence);
+        }
+        Ok(taken)
+    }
+
+    /// The step's rows, `[rows, hidden]`.
+    fn enter(&self, step: &Step, payload: &[u8]) -> Result<Array> {
+        let rows = step.row_count();
+        match &self.inlet {
+            Inlet::Embedding(table) => {
+                ensure!(payload.is_empty(), "the first stage was sent activations");
+                let ids: Vec<u32> = step
+                    .entries
+                    .iter()
+                    .flat_map(|entry| entry.tokens.iter().copied())
+                    .collect();
+                if let Some(id) = ids.iter().find(|&&id| id as usize >= self.vocab_size) {
+                    bail!(
+                        "token id {id} is outside the vocabulary of {}",
+                        self.vocab_size
+                    );
+                }
+                table.rows(&Array::from_slice(&ids, &[rows as i32]), self.wire_dtype)
+            }
+            Inlet::Upstream => {
+                let expected = rows * self.hidden_size * element_bytes(self.wire_dtype);
+                ensure!(
+                    payload.len() == expected,
+                    "step {} came with {} bytes of activations, expected {rows} x {} x {} = {expected}",
+                    step.number,
+                    payload.len(),
+                    self.hidden_size,
+                    element_bytes(self.wire_dtype),
+                );
+                let shape = [rows as i32, self.hidden_size as i32];
+                // SAFETY: MLX copies as many bytes as shape and dtype make before it returns; the
+                // length was checked right above.
+                Ok(unsafe {
+                    Array::from_raw_data(payload.as_ptr().cast(), &shape, self.wire_dtype)
+                })
+            }
+        }
+    }
+
+    /// Evaluates what the step becomes.
+    fn leave(&self, step: &Step, spans: &[Span], x: &Array) -> Result<Output> {
+        match &self.outlet {
+            Outlet::Downstream => Ok(Output::Hidden(to_bytes(x)?)),
+            Outlet::Head { norm, projection } => {
+                let last_rows: Vec<u32> = step
+                    .entries
+                    .iter()
+                    .zip(spans)
+                    .filter(|(entry, _)| entry.sample.is_some())
+                    .map(|(_, span)| (span.row + span.count - 1) as u32)
+                    .collect();
+                if last_rows.is_empty() {
+                    // Nothing to read, but the caches must be brought up to date now, while the
+                    // step's inputs are here.
+                    x.eval()?;
+                    return Ok(Output::Logits(Vec::new()));
+                }
+                let rows = Array::from_slice(&last_rows, &[last_rows.len() as i32]);
+                let logits = projection
+                    .forward(&norm.forward(&x.take_axis(rows, 0)?)?)?
+                    .as_dtype(Dtype::Float32)?;
+                logits.eval()?;
+                let logits: Vec<Vec<f32>> = logits
+                    .as_slice::<f32>()
+                    .chunks_exact(self.vocab_size)
+                    .map(<[f32]>::to_vec)
+                    .collect();
+                check_numbers(step, &logits)?;
+                Ok(Output::Logits(logits))
+            }
+        }
+    }
+}
+
+impl Compute for Stage {
+    /// Computes a step. `payload`: the hidden states that came with it, `[rows, hidden]` in the wire
+    /// dtype; empty on the first stage.
+    ///
+    /// # Errors
+    /// A payload of another size than the step says, a position that the cache has not reached, or
+    /// logits that are not numbers.
+    fn run(&mut self, step: &Step, payload: &[u8]) -> Result<Output> {
+        for slot in &step.release {
+            self.caches.remove(slot);
+        }
+        let spans = spans(step);
+        let mut caches = self.take_caches(step)?;
+        let mut x = self.enter(step, payload)?;
+        for (index, layer) in self.layers.iter().enumerate() {
+            let mut of_layer: Vec<&mut LayerCache> =
+                caches.iter_mut().map(|cache| &mut cache[index]).collect();
+            x = layer.forward(&x, &self.rope, &spans, &mut of_layer)?;
+        }
+        let slots = step.entries.iter().map(|entry| entry.slot);
+        self.caches.extend(slots.zip(caches));
+        self.leave(step, &spans, &x)
+    }
+}
+
+/// The device that MLX computes on here: `cpu` or `gpu`.
+pub fn device_kind() -> Result<&'static str> {
+    Ok(match Device::try_default()?.get_type()? {
+        DeviceType::Cpu => "cpu",
+        DeviceType::Gpu => "gpu",
+    })
+}
+
+/// Loads embedding, norm and head where the stage owns them. A tied table is loaded once, also by a
+/// stage that is both ends.
+fn load_ends(
+    architecture: &Architecture,
+    stage: &plan::Stage,
+    weights: &mut Weights,
+) -> Result<(Inlet, Outlet)> {
+    let mut table = None;
+    let inlet = match stage.role.owns_embedding() {
+        false => Inlet::Upstream,
+        true => {
+            let loaded = Linear::load(&architecture.embed_tokens, weights)?;
+            table = Some(loaded.clone());
+            Inlet::Embedding(loaded)
+        }
+    };
+    let outlet = match stage.role.owns_head() {
+        false => Outlet::Downstream,
+        true => Outlet::Head {
+            norm: RmsNorm::load(&architecture.norm, architecture.rms_norm_eps, weights)?,
+            projection: match (&architecture.head, table) {
+                (HeadSpec::Own(spec), _) => Linear::load(spec, weights)?,
+                (HeadSpec::Tied, Some(table)) => table,
+                (HeadSpec::Tied, None) => Linear::load(&architecture.embed_tokens, weights)?,
+            },
+        },
+    };
+    Ok((inlet, outlet))
+}
+
+/// Where each entry's rows stand.
+fn spans(step: &Step) -> Vec<Span> {
+    let mut row = 0;
+    step.entries
+        .iter()
+        .map(|entry| {
+            let span = Span {
+                row,
+                count: entry.tokens.len(),
+                start: entry.start as usize,
+            };
+            row += span.count;
+            span
+        })
+        .collect()
+}
+
+/// Logits that are not numbers mean broken weights; a token drawn from them would look like an answer.
+fn check_numbers(step: &Step, logits: &[Vec<f32>]) -> Result<()> {
+    for ((entry, _), logits) in step.sampled().zip(logits) {
+        if let Some(token) = logits.iter().position(|logit| logit.is_nan()) {
+            bail!(
+                "step {}: the logits at position {} are not numbers (the first for token {token}); the \
+                 weights are damaged, or overflow in the dtype computed in",
+                step.number,
+                entry.start as usize + entry.tokens.len(),
+            );
+        }
+    }
+    Ok(())
+}
+
+/// The plan's wire dtype as MLX's. Activations are computed in it.
+fn to_mlx(dtype: WireDtype) -> Dtype {
+    match dtype {
+        WireDtype::F32 => Dtype::Float32,
+        WireDtype::F16 => Dtype::Float16,
+        WireDtype::Bf16 => Dtype::Bfloat16,
+    }
+}
+
+fn element_bytes(dtype: Dtype) -> usize {
+    match dtype {
+        Dtype::Float32 => 4,
+        _ => 2,
+    }
+}
+
+/// The array's elements in row-major order, little-endian.
+fn to_bytes(x: &Array) -> Result<Vec<u8>> {
+    let x = x.contiguous()?;
+    x.eval()?;
+    Ok(match x.dtype() {
+        Dtype::Float32 => bytes_of(x.as_slice::<f32>(), |value| value.to_le_bytes()),
+        Dtype::Float16 => bytes_of(x.as_slice::<half::f16>(), |value| value.to_le_bytes()),
+        Dtype::Bfloat16 => bytes_of(x.as_slice::<half::bf16>(), |value| value.to_le_bytes()),
+        other => bail!("activations of dtype {other:?} cannot be sent"),
+    })
+}
+
+fn bytes_of<T: Copy, const N: usize>(values: &[T], to_le: impl Fn(T) -> [u8; N]) -> Vec<u8> {
+    values.iter().flat_map(|&value| to_le(value)).collect()
+}

@@ -1,0 +1,349 @@
+//! Bytes between ranks: frames point to point down the pipeline, shared bytes from the last rank to
+//! all, and gathering while the run is set up. A narrow trait, so that the loop can be run in a unit test;
+//! the only file that names `mpi`.
+//!
+//! No call here blocks inside MPI (see [`crate::wait`]). Ranks share in the order of the steps: every
+//! rank calls [`Transport::expect_shared`] for the same steps in the same order, which is what MPI asks of
+//! collectives.
+
+use crate::wait;
+use anyhow::{Result, bail, ensure};
+use mpi::collective::{CommunicatorCollectives, Root};
+use mpi::datatype::Equivalence;
+use mpi::environment::Universe;
+use mpi::point_to_point::{Destination, Source};
+use mpi::request::{Request, StaticScope};
+use mpi::topology::{Communicator, SimpleCommunicator};
+use mpi::{Rank, Tag, Threading};
+use std::collections::VecDeque;
+use std::time::Duration;
+
+/// What the pipeline needs of the ranks' connection.
+pub trait Transport {
+    /// This rank, from 0.
+    fn rank(&self) -> usize;
+
+    /// Ranks in the run.
+    fn size(&self) -> usize;
+
+    /// Starts sending a frame to the next rank; returns at once.
+    fn send_next(&mut self, frame: Vec<u8>) -> Result<()>;
+
+    /// The next frame from the previous rank, if one has come.
+    fn try_receive(&mut self) -> Result<Option<Vec<u8>>>;
+
+    /// On the last rank: starts sharing bytes with all ranks, itself included; returns at once.
+    fn share(&mut self, bytes: Vec<u8>) -> Result<()>;
+
+    /// On the other ranks: announces that the last will share this many bytes; returns at once.
+    fn expect_shared(&mut self, length: usize) -> Result<()>;
+
+    /// The oldest shared bytes not yet taken, if they have come.
+    fn try_shared(&mut self) -> Result<Option<Vec<u8>>>;
+
+    /// Every rank's bytes, in rank order, on every rank. Waits for all ranks.
+    fn gather_all(&mut self, bytes: &[u8]) -> Result<Vec<Vec<u8>>>;
+
+    /// Waits until everything sent has left.
+    fn flush(&mut self) -> Result<()>;
+}
+
+/// How long ranks wait for each other while the run is set up or ended; weights load in this time too.
+const GATHER_LIMIT: Duration = Duration::from_secs(600);
+const FLUSH_LIMIT: Duration = Duration::from_secs(60);
+/// How long MPI may take to end.
+const ENDING_LIMIT: Duration = Duration::from_secs(3);
+const FRAME_TAG: Tag = 1;
+
+/// Ranks of an MPI job.
+///
+/// Owns the MPI environment: dropping it finalises MPI, which can wait for ever after another rank
+/// has failed, so a failure must reach [`abort`] first.
+pub struct MpiTransport {
+    // Declared first, dropped first: requests must be gone before MPI is.
+    sending: VecDeque<OwnedRequest>,
+    sharing: VecDeque<OwnedRequest>,
+    receiving: Option<OwnedRequest>,
+    world: SimpleCommunicator,
+    _universe: Universe,
+}
+
+impl MpiTransport {
+    /// Starts MPI, or joins the job that `mpirun` started.
+    ///
+    /// # Errors
+    /// MPI started already, or grants less than calls from one thread of several.
+    pub fn start() -> Result<Self> {
+        let Some((universe, granted)) = mpi::initialize_with_threading(Threading::Funneled) else {
+            bail!("MPI is already initialised in this process");
+        };
+        ensure!(
+            granted >= Threading::Funneled,
+            "this MPI grants {granted:?}; mlx-pipe needs Funneled or more"
+        );
+        let world = universe.world();
+        Ok(Self {
+            sending: VecDeque::new(),
+            sharing: VecDeque::new(),
+            receiving: None,
+            world,
+            _universe: universe,
+        })
+    }
+
+    /// The name of this host as MPI knows it.
+    pub fn host() -> String {
+        mpi::environment::processor_name().unwrap_or_else(|_| "unknown host".into())
+    }
+
+    /// Drops the requests that have completed.
+    fn reap(&mut self) {
+        self.sending.retain_mut(|request| !request.is_complete());
+    }
+
+    fn last(&self) -> Rank {
+        self.world.size() - 1
+    }
+}
+
+impl<T: Transport> Transport for &mut T {
+    fn rank(&self) -> usize {
+        (**self).rank()
+    }
+
+    fn size(&self) -> usize {
+        (**self).size()
+    }
+
+    fn send_next(&mut self, frame: Vec<u8>) -> Result<()> {
+        (**self).send_next(frame)
+    }
+
+    fn try_receive(&mut self) -> Result<Option<Vec<u8>>> {
+        (**self).try_receive()
+    }
+
+    fn share(&mut self, bytes: Vec<u8>) -> Result<()> {
+        (**self).share(bytes)
+    }
+
+    fn expect_shared(&mut self, length: usize) -> Result<()> {
+        (**self).expect_shared(length)
+    }
+
+    fn try_shared(&mut self) -> Result<Option<Vec<u8>>> {
+        (**self).try_shared()
+    }
+
+    fn gather_all(&mut self, bytes: &[u8]) -> Result<Vec<Vec<u8>>> {
+        (**self).gather_all(bytes)
+    }
+
+    fn flush(&mut self) -> Result<()> {
+        (**self).flush()
+    }
+}
+
+impl Transport for MpiTransport {
+    fn rank(&self) -> usize {
+        self.world.rank() as usize
+    }
+
+    fn size(&self) -> usize {
+        self.world.size() as usize
+    }
+
+    fn send_next(&mut self, frame: Vec<u8>) -> Result<()> {
+        self.reap();
+        check_length(frame.len())?;
+        let next = self.world.process_at_rank(self.world.rank() + 1);
+        let request = OwnedRequest::start(frame, |buffer| {
+            next.immediate_send_with_tag(StaticScope, &*buffer, FRAME_TAG)
+        });
+        self.sending.push_back(request);
+        Ok(())
+    }
+
+    fn try_receive(&mut self) -> Result<Option<Vec<u8>>> {
+        self.reap();
+        if self.receiving.is_none() {
+            let previous = self.world.process_at_rank(self.world.rank() - 1);
+            let Some((message, status)) = previous.immediate_matched_probe_with_tag(FRAME_TAG)
+            else {
+                return Ok(None);
+            };
+            let length = status.count(u8::equivalent_datatype()) as usize;
+            self.receiving = Some(OwnedRequest::start(vec![0; length], |buffer| {
+                message.immediate_matched_receive_into(StaticScope, buffer)
+            }));
+        }
+        Ok(take_if_complete(&mut self.receiving))
+    }
+
+    fn share(&mut self, bytes: Vec<u8>) -> Result<()> {
+        check_length(bytes.len())?;
+        let root = self.world.process_at_rank(self.last());
+        self.sharing.push_back(OwnedRequest::start(bytes, |buffer| {
+            root.immediate_broadcast_into(StaticScope, buffer)
+        }));
+        Ok(())
+    }
+
+    fn expect_shared(&mut self, length: usize) -> Result<()> {
+        // To MPI a broadcast is one call on all ranks; only the root's buffer is read.
+        self.share(vec![0; length])
+    }
+
+    fn try_shared(&mut self) -> Result<Option<Vec<u8>>> {
+        let mut oldest = self.sharing.pop_front();
+        let taken = take_if_complete(&mut oldest);
+        if let Some(pending) = oldest {
+            self.sharing.push_front(pending);
+        }
+        Ok(taken)
+    }
+
+    fn gather_all(&mut self, bytes: &[u8]) -> Result<Vec<Vec<u8>>> {
+        let lengths = self.gather_equal((bytes.len() as u64).to_le_bytes().to_vec())?;
+        let lengths: Vec<usize> = lengths
+            .chunks_exact(8)
+            .map(|length| u64::from_le_bytes(length.try_into().expect("chunks of eight")) as usize)
+            .collect();
+        let longest = lengths.iter().copied().max().unwrap_or(0);
+        let mut padded = bytes.to_vec();
+        padded.resize(longest, 0);
+        let all = self.gather_equal(padded)?;
+        Ok(lengths
+            .iter()
+            .enumerate()
+            .map(|(rank, &length)| all[rank * longest..rank * longest + length].to_vec())
+            .collect())
+    }
+
+    fn flush(&mut self) -> Result<()> {
+        wait::until("messages to leave this rank", Some(FLUSH_LIMIT), || {
+            self.reap();
+            self.sharing.retain_mut(|request| !request.is_complete());
+            Ok((self.sending.is_empty() && self.sharing.is_empty()).then_some(()))
+        })
+    }
+}
+
+impl MpiTransport {
+    /// Gathers equally long bytes of all ranks on all ranks.
+    fn gather_equal(&mut self, bytes: Vec<u8>) -> Result<Vec<u8>> {
+        let total = bytes.len() * self.size();
+        check_length(total)?;
+        if total == 0 {
+            return Ok(Vec::new());
+        }
+        let sent: &'static mut [u8] = Box::leak(bytes.into_boxed_slice());
+        let sent_pointer: *mut [u8] = sent;
+        let world = &self.world;
+        let mut request = Some(OwnedRequest::start(vec![0; total], |buffer| {
+            world.immediate_all_gather_into(StaticScope, &*sent, buffer)
+        }));
+        let gathered = wait::until("the other ranks", Some(GATHER_LIMIT), || {
+            Ok(take_if_complete(&mut request))
+        })?;
+        // SAFETY: the pointer came from `Box::leak` above, and the request that read it is complete.
+        // (After an error it stays leaked: MPI may still read it.)
+        drop(unsafe { Box::from_raw(sent_pointer) });
+        Ok(gathered)
+    }
+}
+
+/// A request in flight together with the buffer that it reads or fills.
+struct OwnedRequest {
+    /// `None` once complete. What the request refers to is the buffer.
+    request: Option<StaticRequest>,
+    buffer: *mut [u8],
+}
+
+/// The data that a request names differs by call; only its completion matters here.
+type StaticRequest = Box<dyn Pending>;
+
+/// A request whose completion can be asked for.
+trait Pending {
+    /// `None` once complete.
+    fn poll(self: Box<Self>) -> Option<StaticRequest>;
+}
+
+impl<D: ?Sized> Pending for Request<'static, D, StaticScope> {
+    fn poll(self: Box<Self>) -> Option<StaticRequest> {
+        match self.test() {
+            Ok(_) => None,
+            Err(pending) => Some(Box::new(pending)),
+        }
+    }
+}
+
+impl OwnedRequest {
+    /// Starts a request on a buffer that lives until the request is complete.
+    fn start<D: ?Sized + 'static>(
+        buffer: Vec<u8>,
+        start: impl FnOnce(&'static mut [u8]) -> Request<'static, D, StaticScope>,
+    ) -> Self {
+        let leaked: &'static mut [u8] = Box::leak(buffer.into_boxed_slice());
+        let buffer: *mut [u8] = leaked;
+        Self {
+            request: Some(Box::new(start(leaked))),
+            buffer,
+        }
+    }
+
+    fn is_complete(&mut self) -> bool {
+        self.request = self.request.take().and_then(Pending::poll);
+        self.request.is_none()
+    }
+}
+
+impl Drop for OwnedRequest {
+    fn drop(&mut self) {
+        match self.request.take() {
+            // SAFETY: the pointer came from `Box::leak`, and the request that used it is complete.
+            None => drop(unsafe { Box::from_raw(self.buffer) }),
+            // Dropped in flight: only on the way to `abort`. MPI may still use the buffer, so it
+            // stays, and so does the request (dropping it would panic).
+            Some(request) => std::mem::forget(request),
+        }
+    }
+}
+
+/// The buffer of a request that has completed.
+fn take_if_complete(slot: &mut Option<OwnedRequest>) -> Option<Vec<u8>> {
+    if !slot.as_mut()?.is_complete() {
+        return None;
+    }
+    let mut request = slot.take()?;
+    let buffer = std::mem::replace(&mut request.buffer, Box::leak(Box::default()));
+    // SAFETY: the pointer came from `Box::leak`, the request is complete, and the empty slice put in
+    // its place is what `drop` frees.
+    Some(unsafe { Box::from_raw(buffer) }.into_vec())
+}
+
+/// MPI counts in `int`.
+fn check_length(length: usize) -> Result<()> {
+    ensure!(
+        i32::try_from(length).is_ok(),
+        "a message of {length} bytes is over MPI's limit of 2 GiB; use a smaller --prefill-chunk"
+    );
+    Ok(())
+}
+
+/// Ends the job on all ranks. MPI is told first; should that take long, the process ends anyway.
+pub fn abort(code: i32) -> ! {
+    limit_ending(code);
+    if mpi::environment::is_initialized() && !mpi::environment::is_finalized() {
+        SimpleCommunicator::world().abort(code);
+    }
+    std::process::exit(code);
+}
+
+/// Makes sure that the process ends soon, with this exit status, whatever MPI waits for.
+pub fn limit_ending(code: i32) {
+    std::thread::spawn(move || {
+        std::thread::sleep(ENDING_LIMIT);
+        std::process::exit(code);
+    });
+}

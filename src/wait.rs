@@ -1,0 +1,169 @@
+//! Waiting that burns no core. MPI's blocking calls spin at full load; on a machine that shares its
+//! cores, or its power, between ranks this slows the ones that compute. So nothing here blocks inside
+//! MPI: a condition is polled, at first at once, then after yielding, then after growing pauses.
+
+use anyhow::{Result, bail};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::thread;
+use std::time::{Duration, Instant};
+
+/// Polls before the first pause: about what a message between processes of one host takes.
+const EAGER_POLLS: u32 = 64;
+/// Longest pause while an answer is due.
+const LONGEST_PAUSE: Duration = Duration::from_micros(200);
+/// Longest pause once nothing has happened for [`IDLE_AFTER`].
+const LONGEST_IDLE_PAUSE: Duration = Duration::from_millis(5);
+/// When a wait counts as idle.
+const IDLE_AFTER: Duration = Duration::from_millis(500);
+
+/// The signal that asked this process to end; 0 for none. Set by signal handlers.
+static SIGNAL: AtomicUsize = AtomicUsize::new(0);
+/// Set once a signal came, so that a second one ends the process at once.
+static SIGNALLED: AtomicBool = AtomicBool::new(false);
+
+/// This process was asked to end.
+#[derive(Debug, thiserror::Error)]
+#[error("ended by signal {0}")]
+pub struct Interrupted(pub usize);
+
+/// Makes Ctrl-C and SIGTERM end every wait with [`Interrupted`]; the second one ends the process.
+pub fn end_on_signals() -> Result<()> {
+    use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
+    for signal in [SIGINT, SIGTERM, SIGHUP] {
+        // SAFETY: the handler stores to atomics, and on the second signal calls `_exit`, all of which
+        // are async-signal-safe.
+        unsafe {
+            signal_hook::low_level::register(signal, move || {
+                if SIGNALLED.swap(true, Ordering::SeqCst) {
+                    signal_hook::low_level::exit(128 + signal);
+                }
+                SIGNAL.store(signal as usize, Ordering::SeqCst);
+            })?;
+        }
+    }
+    Ok(())
+}
+
+/// An error if a signal asked this process to end.
+pub fn check_signals() -> Result<(), Interrupted> {
+    match SIGNAL.load(Ordering::Relaxed) {
+        0 => Ok(()),
+        signal => Err(Interrupted(signal)),
+    }
+}
+
+/// Grows the pauses of one wait.
+#[derive(Debug)]
+pub struct Patience {
+    polls: u32,
+    since: Instant,
+}
+
+impl Patience {
+    /// A wait that begins now.
+    pub fn new() -> Self {
+        Self {
+            polls: 0,
+            since: Instant::now(),
+        }
+    }
+
+    /// Something happened: the wait begins again.
+    pub fn reset(&mut self) {
+        *self = Self::new();
+    }
+
+    /// How long nothing has happened.
+    pub fn elapsed(&self) -> Duration {
+        self.since.elapsed()
+    }
+
+    /// Lets time pass after a poll that found nothing.
+    ///
+    /// # Errors
+    /// [`Interrupted`] once a signal came.
+    pub fn pause(&mut self) -> Result<(), Interrupted> {
+        self.polls = self.polls.saturating_add(1);
+        check_signals()?;
+        if self.polls < EAGER_POLLS {
+            std::hint::spin_loop();
+        } else if self.polls < 2 * EAGER_POLLS {
+            thread::yield_now();
+        } else {
+            thread::sleep(self.next_pause());
+        }
+        Ok(())
+    }
+
+    fn next_pause(&self) -> Duration {
+        let doublings = ((self.polls - 2 * EAGER_POLLS) / 8).min(8);
+        let growing = Duration::from_micros(10 << doublings);
+        match self.elapsed() > IDLE_AFTER {
+            true => growing.min(LONGEST_IDLE_PAUSE).max(LONGEST_IDLE_PAUSE / 2),
+            false => growing.min(LONGEST_PAUSE),
+        }
+    }
+}
+
+impl Default for Patience {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+/// Polls until there is something, for at most `limit` (`None`: for as long as it takes).
+///
+/// # Errors
+/// What the poll fails with, a signal, or the limit; `what` names the thing waited for.
+pub fn until<T>(
+    what: &str,
+    limit: Option<Duration>,
+    mut poll: impl FnMut() -> Result<Option<T>>,
+) -> Result<T> {
+    let mut patience = Patience::new();
+    loop {
+        if let Some(found) = poll()? {
+            return Ok(found);
+        }
+        if limit.is_some_and(|limit| patience.elapsed() > limit) {
+            bail!(
+                "waited {:.0} s for {what}",
+                patience.elapsed().as_secs_f64()
+            );
+        }
+        patience.pause()?;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_wait_ends_with_what_the_poll_finds() {
+        let mut polls = 0;
+        let found = until("a thing", None, || {
+            polls += 1;
+            Ok((polls == 200).then_some(polls))
+        });
+        assert_eq!(found.unwrap(), 200);
+    }
+
+    #[test]
+    fn a_wait_over_its_limit_names_what_it_waited_for() {
+        let waited = until::<()>("the moon", Some(Duration::from_millis(1)), || Ok(None));
+        assert!(waited.unwrap_err().to_string().contains("the moon"));
+    }
+
+    #[test]
+    fn pauses_grow_to_their_bound_and_no_further() {
+        let mut patience = Patience::new();
+        for _ in 0..10_000 {
+            patience.polls += 1;
+            if patience.polls >= 2 * EAGER_POLLS {
+                assert!(patience.next_pause() <= LONGEST_PAUSE);
+            }
+        }
+        assert_eq!(patience.next_pause(), LONGEST_PAUSE);
+    }
+}

@@ -1,0 +1,517 @@
+//! What ranks tell each other, as bytes: the [`Step`] that travels down the pipeline ahead of its
+//! activations, and the [`Sampled`] tokens that the last rank shares with all. Pure.
+//!
+//! Everything is little-endian. A frame that another version, another program or a bug sent is an
+//! error here, before anything acts on it: sizes are checked against the bytes that are there.
+
+use std::mem::size_of;
+
+/// Raised when a byte of the format changes; ranks compare it before they load anything.
+pub const PROTOCOL_VERSION: u16 = 1;
+
+const MAGIC: [u8; 4] = *b"MXPS";
+const KIND_STEP: u8 = 1;
+const KIND_END: u8 = 2;
+
+/// Why a frame was refused.
+#[derive(Debug, thiserror::Error, PartialEq)]
+pub enum WireError {
+    /// The frame is shorter than what it announces.
+    #[error("frame is cut off at byte {at} of {length}")]
+    Short {
+        /// Where the next field would begin.
+        at: usize,
+        /// Bytes there are.
+        length: usize,
+    },
+    /// The frame is not one of ours.
+    #[error("frame does not begin as expected: {0}")]
+    Foreign(String),
+    /// Two parts of the frame contradict each other.
+    #[error("frame contradicts itself: {0}")]
+    Inconsistent(String),
+}
+
+/// How the last rank picks a token. Stands in the step, so that the last rank keeps no state.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct SampleParams {
+    /// 0 takes the most likely token.
+    pub temperature: f32,
+    /// Smallest set of tokens whose probabilities sum to this; 1 is off.
+    pub top_p: f32,
+    /// Most likely tokens to choose from; 0 is off.
+    pub top_k: u32,
+    /// Share of the best token's probability that a token must have; 0 is off.
+    pub min_p: f32,
+    /// Divides the positive logits of tokens already in the sequence, multiplies the negative; 1 is off.
+    pub repetition_penalty: f32,
+    /// Key of the random numbers of this sequence.
+    pub seed: u64,
+    /// `None`: no logprobs. `Some(k)`: the token's own, and those of the `k` most likely.
+    pub logprobs: Option<u8>,
+}
+
+impl SampleParams {
+    /// The most likely token, nothing else asked for.
+    pub const GREEDY: Self = Self {
+        temperature: 0.0,
+        top_p: 1.0,
+        top_k: 0,
+        min_p: 0.0,
+        repetition_penalty: 1.0,
+        seed: 0,
+        logprobs: None,
+    };
+}
+
+/// Tokens of one sequence that a step computes.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Entry {
+    /// Which cache holds the sequence.
+    pub slot: u32,
+    /// Position of the first token in the sequence; the cache is cut back to it.
+    pub start: u32,
+    /// The tokens, at least one.
+    pub tokens: Vec<u32>,
+    /// How to sample after the last token; `None` while a prompt is still being read.
+    pub sample: Option<SampleParams>,
+}
+
+/// What every rank computes next.
+#[derive(Debug, Clone, PartialEq, Default)]
+pub struct Step {
+    /// Counts up from 0.
+    pub number: u64,
+    /// Slots whose caches are dropped before the step.
+    pub release: Vec<u32>,
+    /// The sequences in the step, in the order of their rows.
+    pub entries: Vec<Entry>,
+}
+
+/// One frame from rank to rank.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Frame {
+    /// Compute this; the activations follow, `[rows, hidden]`.
+    Step(Step),
+    /// No more steps.
+    End,
+}
+
+impl Step {
+    /// Rows of the step's activations.
+    pub fn row_count(&self) -> usize {
+        self.entries.iter().map(|entry| entry.tokens.len()).sum()
+    }
+
+    /// Entries that are sampled from.
+    pub fn sampled(&self) -> impl Iterator<Item = (&Entry, &SampleParams)> {
+        self.entries
+            .iter()
+            .filter_map(|entry| entry.sample.as_ref().map(|sample| (entry, sample)))
+    }
+
+    /// Bytes of the [`Sampled`] that answers this step; every rank can tell them from the step.
+    pub fn sampled_bytes(&self) -> usize {
+        let records: usize = self
+            .sampled()
+            .map(|(_, sample)| record_bytes(sample.logprobs))
+            .sum();
+        size_of::<u64>() + records
+    }
+}
+
+/// Encodes a frame's header; the activations are appended to it.
+pub fn encode(frame: &Frame) -> Vec<u8> {
+    let mut bytes = Vec::with_capacity(64);
+    bytes.extend(MAGIC);
+    bytes.extend(PROTOCOL_VERSION.to_le_bytes());
+    match frame {
+        Frame::End => bytes.push(KIND_END),
+        Frame::Step(step) => {
+            bytes.push(KIND_STEP);
+            bytes.extend(step.number.to_le_bytes());
+            bytes.extend((step.release.len() as u32).to_le_bytes());
+            for slot in &step.release {
+                bytes.extend(slot.to_le_bytes());
+            }
+            bytes.extend((step.entries.len() as u32).to_le_bytes());
+            for entry in &step.entries {
+                encode_entry(entry, &mut bytes);
+            }
+        }
+    }
+    bytes
+}
+
+fn encode_entry(entry: &Entry, bytes: &mut Vec<u8>) {
+    bytes.extend(entry.slot.to_le_bytes());
+    bytes.extend(entry.start.to_le_bytes());
+    bytes.extend((entry.tokens.len() as u32).to_le_bytes());
+    for token in &entry.tokens {
+        bytes.extend(token.to_le_bytes());
+    }
+    bytes.push(entry.sample.is_some() as u8);
+    if let Some(sample) = &entry.sample {
+        bytes.extend(sample.temperature.to_le_bytes());
+        bytes.extend(sample.top_p.to_le_bytes());
+        bytes.extend(sample.top_k.to_le_bytes());
+        bytes.extend(sample.min_p.to_le_bytes());
+        bytes.extend(sample.repetition_penalty.to_le_bytes());
+        bytes.extend(sample.seed.to_le_bytes());
+        bytes.push(sample.logprobs.is_some() as u8);
+        bytes.push(sample.logprobs.unwrap_or(0));
+    }
+}
+
+/// Decodes a frame into its header and the activations behind it.
+///
+/// # Errors
+/// Anything but a whole header of this version.
+pub fn decode(bytes: &[u8]) -> Result<(Frame, &[u8]), WireError> {
+    let mut reader = Reader { bytes, at: 0 };
+    let magic = reader.take(MAGIC.len())?;
+    if magic != MAGIC {
+        return Err(WireError::Foreign(format!(
+            "expected {MAGIC:?}, found {magic:?}"
+        )));
+    }
+    let version = u16::from_le_bytes(reader.array()?);
+    if version != PROTOCOL_VERSION {
+        return Err(WireError::Foreign(format!(
+            "protocol version {version}, this rank speaks {PROTOCOL_VERSION}"
+        )));
+    }
+    let frame = match reader.array::<1>()?[0] {
+        KIND_END => Frame::End,
+        KIND_STEP => Frame::Step(decode_step(&mut reader)?),
+        kind => return Err(WireError::Foreign(format!("unknown kind {kind}"))),
+    };
+    Ok((frame, &bytes[reader.at..]))
+}
+
+fn decode_step(reader: &mut Reader) -> Result<Step, WireError> {
+    let number = reader.u64()?;
+    let release_count = reader.count(size_of::<u32>())?;
+    let release = (0..release_count)
+        .map(|_| reader.u32())
+        .collect::<Result<_, _>>()?;
+    let entry_count = reader.count(size_of::<u32>())?;
+    let entries = (0..entry_count)
+        .map(|_| decode_entry(reader))
+        .collect::<Result<_, _>>()?;
+    Ok(Step {
+        number,
+        release,
+        entries,
+    })
+}
+
+fn decode_entry(reader: &mut Reader) -> Result<Entry, WireError> {
+    let (slot, start) = (reader.u32()?, reader.u32()?);
+    let token_count = reader.count(size_of::<u32>())?;
+    if token_count == 0 {
+        return Err(WireError::Inconsistent(format!(
+            "the entry of slot {slot} has no tokens"
+        )));
+    }
+    let tokens = (0..token_count)
+        .map(|_| reader.u32())
+        .collect::<Result<_, _>>()?;
+    let sample = match reader.flag()? {
+        false => None,
+        true => Some(decode_sample(reader)?),
+    };
+    Ok(Entry {
+        slot,
+        start,
+        tokens,
+        sample,
+    })
+}
+
+fn decode_sample(reader: &mut Reader) -> Result<SampleParams, WireError> {
+    Ok(SampleParams {
+        temperature: reader.f32()?,
+        top_p: reader.f32()?,
+        top_k: reader.u32()?,
+        min_p: reader.f32()?,
+        repetition_penalty: reader.f32()?,
+        seed: reader.u64()?,
+        logprobs: {
+            let (given, count) = (reader.flag()?, reader.array::<1>()?[0]);
+            given.then_some(count)
+        },
+    })
+}
+
+/// A token that the last rank sampled.
+#[derive(Debug, Clone, PartialEq)]
+pub struct SampledToken {
+    /// The token.
+    pub token: u32,
+    /// Natural logarithm of its probability under the untempered softmax; `None` unless asked for.
+    pub logprob: Option<f32>,
+    /// The most likely tokens and their logarithms, best first.
+    pub top: Vec<(u32, f32)>,
+}
+
+/// The tokens sampled in one step, in the order of the entries that ask for one.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Sampled {
+    /// The step.
+    pub step: u64,
+    /// One a sampled entry.
+    pub tokens: Vec<SampledToken>,
+}
+
+/// Bytes of one sampled token: the token, and where asked for its logprob and the top ones.
+fn record_bytes(logprobs: Option<u8>) -> usize {
+    match logprobs {
+        None => 4,
+        Some(top) => 8 + 8 * top as usize,
+    }
+}
+
+impl Sampled {
+    /// Exactly [`Step::sampled_bytes`] bytes for the step that it answers.
+    pub fn encode(&self) -> Vec<u8> {
+        let mut bytes = self.step.to_le_bytes().to_vec();
+        for token in &self.tokens {
+            bytes.extend(token.token.to_le_bytes());
+            if let Some(logprob) = token.logprob {
+                bytes.extend(logprob.to_le_bytes());
+                for (id, logprob) in &token.top {
+                    bytes.extend(id.to_le_bytes());
+                    bytes.extend(logprob.to_le_bytes());
+                }
+            }
+        }
+        bytes
+    }
+
+    /// Reads the answer to `step`.
+    ///
+    /// # Errors
+    /// Another length than the step foretells, or another step's number.
+    pub fn decode(step: &Step, bytes: &[u8]) -> Result<Self, WireError> {
+        if bytes.len() != step.sampled_bytes() {
+            return Err(WireError::Inconsistent(format!(
+                "step {} is answered by {} bytes, expected {}",
+                step.number,
+                bytes.len(),
+                step.sampled_bytes()
+            )));
+        }
+        let mut reader = Reader { bytes, at: 0 };
+        let number = reader.u64()?;
+        if number != step.number {
+            return Err(WireError::Inconsistent(format!(
+                "the answer to step {number} came where step {} was expected",
+                step.number
+            )));
+        }
+        let tokens = step
+            .sampled()
+            .map(|(_, sample)| decode_token(&mut reader, sample.logprobs))
+            .collect::<Result<_, _>>()?;
+        Ok(Self {
+            step: number,
+            tokens,
+        })
+    }
+}
+
+fn decode_token(reader: &mut Reader, logprobs: Option<u8>) -> Result<SampledToken, WireError> {
+    let token = reader.u32()?;
+    let Some(top) = logprobs else {
+        return Ok(SampledToken {
+            token,
+            logprob: None,
+            top: Vec::new(),
+        });
+    };
+    Ok(SampledToken {
+        token,
+        logprob: Some(reader.f32()?),
+        top: (0..top)
+            .map(|_| Ok((reader.u32()?, reader.f32()?)))
+            .collect::<Result<_, _>>()?,
+    })
+}
+
+/// Reads fields off the front of a frame.
+struct Reader<'a> {
+    bytes: &'a [u8],
+    at: usize,
+}
+
+impl<'a> Reader<'a> {
+    fn take(&mut self, count: usize) -> Result<&'a [u8], WireError> {
+        let end = self.at.checked_add(count);
+        let found = end.and_then(|end| self.bytes.get(self.at..end));
+        let found = found.ok_or(WireError::Short {
+            at: self.at,
+            length: self.bytes.len(),
+        })?;
+        self.at += count;
+        Ok(found)
+    }
+
+    fn array<const N: usize>(&mut self) -> Result<[u8; N], WireError> {
+        let mut array = [0; N];
+        array.copy_from_slice(self.take(N)?);
+        Ok(array)
+    }
+
+    fn u32(&mut self) -> Result<u32, WireError> {
+        Ok(u32::from_le_bytes(self.array()?))
+    }
+
+    fn u64(&mut self) -> Result<u64, WireError> {
+        Ok(u64::from_le_bytes(self.array()?))
+    }
+
+    fn f32(&mut self) -> Result<f32, WireError> {
+        Ok(f32::from_le_bytes(self.array()?))
+    }
+
+    fn flag(&mut self) -> Result<bool, WireError> {
+        match self.array::<1>()?[0] {
+            0 => Ok(false),
+            1 => Ok(true),
+            other => Err(WireError::Inconsistent(format!(
+                "a flag is {other}, not 0 or 1"
+            ))),
+        }
+    }
+
+    /// A count of items of at least `item_bytes`, refused if that many cannot follow: a broken
+    /// count must not become a huge allocation.
+    fn count(&mut self, item_bytes: usize) -> Result<usize, WireError> {
+        let count = self.u32()? as usize;
+        if count.saturating_mul(item_bytes) > self.bytes.len() - self.at {
+            return Err(WireError::Short {
+                at: self.at,
+                length: self.bytes.len(),
+            });
+        }
+        Ok(count)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    fn sample_params() -> impl Strategy<Value = SampleParams> {
+        (0.0f32..2.0, any::<u32>(), any::<u64>(), any::<Option<u8>>()).prop_map(
+            |(number, top_k, seed, logprobs)| SampleParams {
+                temperature: number,
+                top_p: number / 2.0,
+                top_k,
+                min_p: number / 3.0,
+                repetition_penalty: number + 0.5,
+                seed,
+                logprobs,
+            },
+        )
+    }
+
+    fn entry() -> impl Strategy<Value = Entry> {
+        (
+            any::<u32>(),
+            any::<u32>(),
+            prop::collection::vec(any::<u32>(), 1..9),
+            prop::option::of(sample_params()),
+        )
+            .prop_map(|(slot, start, tokens, sample)| Entry {
+                slot,
+                start,
+                tokens,
+                sample,
+            })
+    }
+
+    fn step() -> impl Strategy<Value = Step> {
+        (
+            any::<u64>(),
+            prop::collection::vec(any::<u32>(), 0..5),
+            prop::collection::vec(entry(), 0..5),
+        )
+            .prop_map(|(number, release, entries)| Step {
+                number,
+                release,
+                entries,
+            })
+    }
+
+    proptest! {
+        #[test]
+        fn a_frame_arrives_as_it_was_sent_with_its_payload(step in step(), payload: Vec<u8>) {
+            let frame = Frame::Step(step);
+            let mut bytes = encode(&frame);
+            bytes.extend(&payload);
+            prop_assert_eq!(decode(&bytes), Ok((frame, &payload[..])));
+        }
+
+        #[test]
+        fn a_header_cut_anywhere_is_an_error(step in step(), cut: prop::sample::Index) {
+            let bytes = encode(&Frame::Step(step));
+            prop_assert!(decode(&bytes[..cut.index(bytes.len())]).is_err());
+        }
+
+        #[test]
+        fn any_bytes_are_decoded_or_refused_without_a_panic(tail: Vec<u8>) {
+            let mut bytes = encode(&Frame::Step(Step::default()));
+            bytes.truncate(7);
+            bytes.extend(&tail);
+            let _ = decode(&bytes);
+            let _ = decode(&tail);
+        }
+
+        #[test]
+        fn sampled_tokens_have_the_length_that_the_step_foretells(step in step()) {
+            let sampled = Sampled {
+                step: step.number,
+                tokens: step.sampled().map(|(entry, sample)| SampledToken {
+                    token: entry.slot,
+                    logprob: sample.logprobs.map(|_| -0.5),
+                    top: vec![(7, -1.0); sample.logprobs.unwrap_or(0) as usize],
+                }).collect(),
+            };
+            let bytes = sampled.encode();
+            prop_assert_eq!(bytes.len(), step.sampled_bytes());
+            prop_assert_eq!(Sampled::decode(&step, &bytes), Ok(sampled));
+            prop_assert!(Sampled::decode(&step, &bytes[1..]).is_err());
+        }
+    }
+
+    #[test]
+    fn the_header_of_a_decode_step_is_under_100_bytes() {
+        let entry = Entry {
+            slot: 1,
+            start: 9,
+            tokens: vec![3],
+            sample: Some(SampleParams::GREEDY),
+        };
+        let step = Step {
+            number: 1,
+            release: vec![],
+            entries: vec![entry],
+        };
+        assert!(encode(&Frame::Step(step)).len() < 100);
+    }
+
+    #[test]
+    fn another_version_and_another_program_are_named() {
+        let mut bytes = encode(&Frame::End);
+        bytes[4] = 99;
+        assert_eq!(
+            decode(&bytes).unwrap_err().to_string(),
+            "frame does not begin as expected: protocol version 99, this rank speaks 1"
+        );
+        bytes[0] = b'?';
+        assert!(decode(&bytes).unwrap_err().to_string().contains("expected"));
+    }
+}

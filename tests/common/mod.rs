@@ -1,0 +1,291 @@
+//! What the integration tests share: the golden checkpoints, and running the real program under a time
+//! limit, alone or under `mpirun`.
+#![allow(dead_code, reason = "each test program uses its part of this module")]
+
+use serde_json::Value;
+use std::io::Write;
+use std::os::unix::process::CommandExt;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+/// The program under test.
+pub const PROGRAM: &str = env!("CARGO_BIN_EXE_mlx-pipe");
+
+/// Longest that one run of the program may take.
+pub const LIMIT: Duration = Duration::from_secs(120);
+
+/// The repository.
+pub fn root() -> &'static Path {
+    Path::new(env!("CARGO_MANIFEST_DIR"))
+}
+
+/// One golden checkpoint and what mlx-lm made of it.
+pub struct Golden {
+    pub name: String,
+    pub dir: PathBuf,
+    pub prompts: Vec<GoldenPrompt>,
+    /// Steps of the continuation at which logits are kept.
+    pub logit_steps: Vec<usize>,
+}
+
+/// One prompt and its greedy continuation.
+pub struct GoldenPrompt {
+    pub ids: Vec<u32>,
+    pub tokens: Vec<u32>,
+    /// Tokens that come out when end-of-sequence ids count.
+    pub stops_after: Option<usize>,
+    /// Logits at each of the kept steps.
+    pub logits: Vec<Vec<f32>>,
+}
+
+impl GoldenPrompt {
+    /// The tokens that a run without a limit below 24 gives.
+    pub fn answer(&self) -> &[u32] {
+        &self.tokens[..self.stops_after.unwrap_or(self.tokens.len())]
+    }
+}
+
+/// All golden cases, by name.
+pub fn golden_cases() -> Vec<Golden> {
+    let mut dirs: Vec<PathBuf> = std::fs::read_dir(root().join("tests/golden"))
+        .unwrap()
+        .map(|entry| entry.unwrap().path())
+        .filter(|path| path.join("golden.json").exists())
+        .collect();
+    dirs.sort();
+    assert!(dirs.len() >= 10, "golden cases are missing: {dirs:?}");
+    dirs.iter().map(|dir| golden_case(dir)).collect()
+}
+
+/// The golden case of a name.
+pub fn golden(name: &str) -> Golden {
+    golden_case(&root().join("tests/golden").join(name))
+}
+
+fn golden_case(dir: &Path) -> Golden {
+    let text = std::fs::read_to_string(dir.join("golden.json")).unwrap();
+    let json: Value = serde_json::from_str(&text).unwrap();
+    let logit_steps = ids(&json["logit_steps"]);
+    let kept = golden_logits(dir, logit_steps.len());
+    let prompts = json["prompts"].as_array().unwrap();
+    let prompts = prompts
+        .iter()
+        .zip(kept)
+        .map(|(prompt, logits)| GoldenPrompt {
+            ids: ids(&prompt["ids"]),
+            tokens: ids(&prompt["tokens"]),
+            stops_after: prompt["stops_after"].as_u64().map(|count| count as usize),
+            logits,
+        })
+        .collect();
+    Golden {
+        name: dir.file_name().unwrap().to_string_lossy().into_owned(),
+        dir: dir.to_owned(),
+        prompts,
+        logit_steps: logit_steps.into_iter().map(|step| step as usize).collect(),
+    }
+}
+
+/// `[prompts][steps][vocabulary]`
+fn golden_logits(dir: &Path, steps: usize) -> Vec<Vec<Vec<f32>>> {
+    let bytes = std::fs::read(dir.join("golden.safetensors")).unwrap();
+    let file = safetensors::SafeTensors::deserialize(&bytes).unwrap();
+    let logits = file.tensor("logits").unwrap();
+    let vocab = logits.shape()[2];
+    let values: Vec<f32> = logits
+        .data()
+        .chunks_exact(4)
+        .map(|bytes| f32::from_le_bytes(bytes.try_into().unwrap()))
+        .collect();
+    values
+        .chunks_exact(steps * vocab)
+        .map(|prompt| prompt.chunks_exact(vocab).map(<[f32]>::to_vec).collect())
+        .collect()
+}
+
+fn ids(value: &Value) -> Vec<u32> {
+    let listed = value.as_array().unwrap();
+    listed
+        .iter()
+        .map(|id| id.as_u64().unwrap() as u32)
+        .collect()
+}
+
+/// What a run of the program printed.
+#[derive(Debug)]
+pub struct Ran {
+    pub stdout: String,
+    pub stderr: String,
+    pub status: i32,
+    pub took: Duration,
+}
+
+impl Ran {
+    /// Standard output as one JSON value a line.
+    pub fn json_lines(&self) -> Vec<Value> {
+        let lines = self.stdout.lines();
+        lines
+            .map(|line| {
+                serde_json::from_str(line).unwrap_or_else(|error| panic!("{error}: {line}"))
+            })
+            .collect()
+    }
+
+    /// The token ids of every answer.
+    pub fn token_ids(&self) -> Vec<Vec<u32>> {
+        let answers = self.json_lines();
+        answers
+            .iter()
+            .map(|answer| ids(&answer["choices"][0]["token_ids"]))
+            .collect()
+    }
+
+    /// Fails the test unless the run ended well.
+    #[track_caller]
+    pub fn succeeded(self) -> Self {
+        assert_eq!(
+            self.status, 0,
+            "stderr:\n{}\nstdout:\n{}",
+            self.stderr, self.stdout
+        );
+        self
+    }
+}
+
+/// The program alone.
+pub fn program() -> Command {
+    Command::new(PROGRAM)
+}
+
+/// The program on `ranks` ranks of this machine.
+pub fn mpirun(ranks: usize) -> Command {
+    let mut command = Command::new("mpirun");
+    command.args([
+        "--oversubscribe",
+        "--bind-to",
+        "none",
+        "-np",
+        &ranks.to_string(),
+    ]);
+    // SAFETY: `geteuid` has no preconditions.
+    if unsafe { libc::geteuid() } == 0 {
+        command.arg("--allow-run-as-root");
+    }
+    command.arg(PROGRAM);
+    command
+}
+
+/// Runs a command with this standard input, for [`LIMIT`] at most.
+pub fn run(command: &mut Command, stdin: &[u8]) -> Ran {
+    finish(start(command, stdin))
+}
+
+/// A started command with the threads that collect what it prints.
+pub struct Running {
+    pub child: Child,
+    started: Instant,
+    stdout: std::thread::JoinHandle<Vec<u8>>,
+    stderr: std::thread::JoinHandle<Vec<u8>>,
+}
+
+/// Starts a command in a process group of its own, with this standard input, which then ends.
+pub fn start(command: &mut Command, stdin: &[u8]) -> Running {
+    let mut child = command
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .env_remove("MLX_PIPE_MODEL")
+        .process_group(0)
+        .spawn()
+        .unwrap_or_else(|error| panic!("{command:?}: {error}"));
+    let mut input = child.stdin.take().unwrap();
+    let bytes = stdin.to_vec();
+    std::thread::spawn(move || {
+        // A program that ends early does not read on.
+        let _ = input.write_all(&bytes);
+    });
+    Running {
+        stdout: collect(child.stdout.take().unwrap()),
+        stderr: collect(child.stderr.take().unwrap()),
+        started: Instant::now(),
+        child,
+    }
+}
+
+fn collect(mut stream: impl std::io::Read + Send + 'static) -> std::thread::JoinHandle<Vec<u8>> {
+    std::thread::spawn(move || {
+        let mut bytes = Vec::new();
+        let _ = stream.read_to_end(&mut bytes);
+        bytes
+    })
+}
+
+/// Waits for a started command; one that takes longer than [`LIMIT`] is killed and fails the test.
+pub fn finish(mut running: Running) -> Ran {
+    let status = loop {
+        if let Some(status) = running.child.try_wait().unwrap() {
+            break status;
+        }
+        if running.started.elapsed() > LIMIT {
+            // SAFETY: `killpg` has no preconditions; the group is the one that `start` made.
+            unsafe { libc::killpg(running.child.id() as i32, libc::SIGKILL) };
+            let _ = running.child.wait();
+            let stderr = running.stderr.join().unwrap();
+            panic!(
+                "no end after {LIMIT:?}:\n{}",
+                String::from_utf8_lossy(&stderr)
+            );
+        }
+        std::thread::sleep(Duration::from_millis(10));
+    };
+    use std::os::unix::process::ExitStatusExt;
+    Ran {
+        stdout: String::from_utf8_lossy(&running.stdout.join().unwrap()).into_owned(),
+        stderr: String::from_utf8_lossy(&running.stderr.join().unwrap()).into_owned(),
+        status: status
+            .code()
+            .unwrap_or_else(|| 128 + status.signal().unwrap_or(0)),
+        took: running.started.elapsed(),
+    }
+}
+
+/// A request line for token ids.
+pub fn token_request(ids: &[u32], max_tokens: usize) -> String {
+    serde_json::json!({"prompt": ids, "max_tokens": max_tokens}).to_string() + "\n"
+}
+
+/// Request lines for all prompts of a golden case.
+pub fn golden_requests(golden: &Golden) -> String {
+    golden
+        .prompts
+        .iter()
+        .map(|prompt| token_request(&prompt.ids, prompt.tokens.len()))
+        .collect()
+}
+
+/// All ways to give `layers` layers to `ranks` ranks, each at least one, as `--layers` says it.
+pub fn cuts(layers: usize, ranks: usize) -> Vec<Vec<std::ops::Range<usize>>> {
+    fn extend(
+        from: usize,
+        layers: usize,
+        ranks: usize,
+        head: &mut Vec<std::ops::Range<usize>>,
+        all: &mut Vec<Vec<std::ops::Range<usize>>>,
+    ) {
+        if ranks == 1 {
+            head.push(from..layers);
+            all.push(head.clone());
+            head.pop();
+            return;
+        }
+        for end in from + 1..=layers - (ranks - 1) {
+            head.push(from..end);
+            extend(end, layers, ranks - 1, head, all);
+            head.pop();
+        }
+    }
+    let mut all = Vec::new();
+    extend(0, layers, ranks, &mut Vec::new(), &mut all);
+    all
+}

@@ -1,0 +1,209 @@
+//! The model against mlx-lm, without MPI: the stages of every cut run one after another in this process,
+//! passing each other the bytes that ranks would. Logits within 1e-4 of mlx-lm's, and bit-equal for every
+//! cut.
+
+mod common;
+
+use common::{Golden, GoldenPrompt, cuts, golden_cases};
+use mlx_pipe::model::ModelFiles;
+use mlx_pipe::pipeline::Compute;
+use mlx_pipe::plan::{Device, LayerRanges, Plan, PlanRequest, Strategy, WireDtype, plan};
+use mlx_pipe::stage::{Output, Stage};
+use mlx_pipe::wire::{Entry, SampleParams, Step};
+
+/// ‖ours − reference‖ / ‖reference‖ that plain f32 arithmetic may reach (DESIGN: 1e-4).
+const LOGIT_TOLERANCE: f64 = 1e-4;
+
+/// A model cut into stages.
+struct Pipeline {
+    stages: Vec<Stage>,
+    next: u64,
+}
+
+impl Pipeline {
+    fn load(files: &ModelFiles, cut: &[std::ops::Range<usize>]) -> Self {
+        let plan = plan_of(files, cut);
+        let stages = plan
+            .stages
+            .iter()
+            .map(|stage| Stage::load(files, stage, plan.wire_dtype).unwrap().0)
+            .collect();
+        Self { stages, next: 0 }
+    }
+
+    /// Runs tokens of one sequence through all stages; the logits after the last.
+    fn run(&mut self, slot: u32, start: usize, tokens: &[u32]) -> Vec<f32> {
+        let entry = Entry {
+            slot,
+            start: start as u32,
+            tokens: tokens.to_vec(),
+            sample: Some(SampleParams::GREEDY),
+        };
+        self.step(vec![entry]).remove(0)
+    }
+
+    fn step(&mut self, entries: Vec<Entry>) -> Vec<Vec<f32>> {
+        let step = Step {
+            number: self.next,
+            release: Vec::new(),
+            entries,
+        };
+        self.next += 1;
+        let mut payload = Vec::new();
+        for stage in &mut self.stages {
+            match stage.run(&step, &payload).unwrap() {
+                Output::Hidden(bytes) => payload = bytes,
+                Output::Logits(logits) => return logits,
+            }
+        }
+        panic!("the last stage gave no logits");
+    }
+
+    /// The logits of every step of a prompt's greedy continuation.
+    fn continue_prompt(&mut self, slot: u32, prompt: &GoldenPrompt) -> Vec<Vec<f32>> {
+        let mut logits = vec![self.run(slot, 0, &prompt.ids)];
+        for (count, token) in prompt.tokens[..prompt.tokens.len() - 1].iter().enumerate() {
+            logits.push(self.run(slot, prompt.ids.len() + count, &[*token]));
+        }
+        logits
+    }
+}
+
+fn plan_of(files: &ModelFiles, cut: &[std::ops::Range<usize>]) -> Plan {
+    let devices = vec![
+        Device {
+            name: "here".into(),
+            memory_limit_bytes: 1 << 40,
+            speed: 1,
+        };
+        cut.len()
+    ];
+    plan(&PlanRequest {
+        shape: &files.shape(WireDtype::F32),
+        devices: &devices,
+        strategy: Strategy::Manual(LayerRanges(cut.to_vec())),
+        context_tokens: 512,
+        sequences: 1,
+        wire_dtype: WireDtype::F32,
+    })
+    .unwrap()
+}
+
+fn argmax(logits: &[f32]) -> u32 {
+    let best = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+    logits.iter().position(|&logit| logit == best).unwrap() as u32
+}
+
+fn relative_error(ours: &[f32], reference: &[f32]) -> f64 {
+    let norm = |values: &mut dyn Iterator<Item = f64>| values.map(|v| v * v).sum::<f64>().sqrt();
+    let difference = ours.iter().zip(reference).map(|(a, b)| (*a - *b) as f64);
+    norm(&mut difference.into_iter()) / norm(&mut reference.iter().map(|&v| v as f64))
+}
+
+fn files(golden: &Golden) -> ModelFiles {
+    ModelFiles::open(&golden.dir).unwrap_or_else(|error| panic!("{}: {error:#}", golden.name))
+}
+
+#[test]
+fn logits_and_greedy_tokens_are_those_of_mlx_lm() {
+    for golden in golden_cases() {
+        let files = files(&golden);
+        let mut worst = 0.0f64;
+        let mut whole = Pipeline::load(&files, &cuts(files.architecture.layers.len(), 1)[0]);
+        for (slot, prompt) in golden.prompts.iter().enumerate() {
+            let logits = whole.continue_prompt(slot as u32, prompt);
+            let tokens: Vec<u32> = logits.iter().map(|logits| argmax(logits)).collect();
+            assert_eq!(tokens, prompt.tokens, "{} prompt {slot}", golden.name);
+            for (step, reference) in golden.logit_steps.iter().zip(&prompt.logits) {
+                worst = worst.max(relative_error(&logits[*step], reference));
+            }
+        }
+        println!(
+            "{}: largest relative error of the logits {worst:.1e}",
+            golden.name
+        );
+        assert!(worst < LOGIT_TOLERANCE, "{}: {worst:e}", golden.name);
+    }
+}
+
+#[test]
+fn every_cut_gives_bit_equal_logits() {
+    for golden in golden_cases() {
+        let files = files(&golden);
+        let layer_count = files.architecture.layers.len();
+        let prompt = &golden.prompts[2];
+        let whole = Pipeline::load(&files, &cuts(layer_count, 1)[0]).continue_prompt(0, prompt);
+        for ranks in 2..=4 {
+            for cut in cuts(layer_count, ranks) {
+                let parts = Pipeline::load(&files, &cut).continue_prompt(0, prompt);
+                assert!(parts == whole, "{}: {cut:?} differs", golden.name);
+            }
+        }
+    }
+}
+
+#[test]
+fn decoding_token_by_token_ends_where_prefill_of_the_whole_does() {
+    for golden in golden_cases() {
+        let files = files(&golden);
+        let mut pipeline = Pipeline::load(&files, &cuts(files.architecture.layers.len(), 2)[1]);
+        // The fourth prompt and its continuation pass no block border, the sixth passes one.
+        for (slot, prompt) in [3, 5]
+            .map(|index| &golden.prompts[index])
+            .into_iter()
+            .enumerate()
+        {
+            let decoded = pipeline.continue_prompt(slot as u32, prompt);
+            let whole: Vec<u32> = prompt.ids.iter().chain(&prompt.tokens).copied().collect();
+            let prefilled = pipeline.run(9, 0, &whole[..whole.len() - 1]);
+            let error = relative_error(decoded.last().unwrap(), &prefilled);
+            assert!(error < 1e-5, "{}: {error:e}", golden.name);
+        }
+    }
+}
+
+#[test]
+fn a_prompt_in_chunks_and_a_sequence_cut_back_give_the_same_tokens() {
+    for golden in golden_cases() {
+        let files = files(&golden);
+        let mut pipeline = Pipeline::load(&files, &cuts(files.architecture.layers.len(), 3)[0]);
+        let prompt = &golden.prompts[3];
+        for chunk in [1, 5, 32] {
+            let mut last = Vec::new();
+            for (index, tokens) in prompt.ids.chunks(chunk).enumerate() {
+                // The same slot again and again: each start at 0 cuts the cache back.
+                last = pipeline.run(0, index * chunk, tokens);
+            }
+            assert_eq!(
+                argmax(&last),
+                prompt.tokens[0],
+                "{} by {chunk}",
+                golden.name
+            );
+        }
+    }
+}
+
+#[test]
+fn sequences_that_share_a_step_get_their_own_tokens() {
+    for golden in golden_cases() {
+        let files = files(&golden);
+        let mut pipeline = Pipeline::load(&files, &cuts(files.architecture.layers.len(), 2)[0]);
+        let entry = |slot: usize, start: usize, tokens: &[u32]| Entry {
+            slot: slot as u32,
+            start: start as u32,
+            tokens: tokens.to_vec(),
+            sample: Some(SampleParams::GREEDY),
+        };
+        let prompts = &golden.prompts;
+        let prefill = |slot: usize| entry(slot, 0, &prompts[slot].ids);
+        let decode = |slot: usize| entry(slot, prompts[slot].ids.len(), &prompts[slot].tokens[..1]);
+        let first = pipeline.step(vec![prefill(1), prefill(3)]);
+        assert_eq!(argmax(&first[0]), prompts[1].tokens[0], "{}", golden.name);
+        assert_eq!(argmax(&first[1]), prompts[3].tokens[0], "{}", golden.name);
+        let second = pipeline.step(vec![decode(3), prefill(2), decode(1)]);
+        assert_eq!(argmax(&second[0]), prompts[3].tokens[1], "{}", golden.name);
+        assert_eq!(argmax(&second[1]), prompts[2].tokens[0], "{}", golden.name);
+        assert_eq!(argmax(&second[2]), prompts[1].tokens[1], "{}", golden.name);
+    }
+}
