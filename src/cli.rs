@@ -92,7 +92,8 @@ pub struct PlanOptions {
     #[command(flatten)]
     pub model: ModelOptions,
 
-    /// Ranks to plan for, all like this machine [default: the devices of the cluster file, else 1]
+    /// Ranks to plan for: the first devices of the cluster file, else ranks that share this machine
+    /// [default: model_parallel_size of the cluster file, its devices, or 1]
     #[arg(long, value_parser = clap::value_parser!(u64).range(1..=1024))]
     pub ranks: Option<u64>,
 }

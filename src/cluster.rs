@@ -1,488 +1,779 @@
-//! What the ranks run on: the cluster file, a probe of this host, and the two merged into one
-//! [`plan::Device`] a rank.
+//! What each rank runs on: the cluster file, the probe of this host, and both merged.
 //!
-//! The file has the shape of the reference system's (`devices[].capabilities`), every part optional; what
-//! it leaves out is probed on each rank and gathered. Ranks of one host share its memory and cores evenly.
+//! Every rank probes its own host, the profiles are gathered, and [`assign`] lays the cluster file
+//! over them; what comes out feeds the planner ([`RankDevice::plan_device`]). `mlx-pipe plan` has
+//! nobody to gather from and uses [`describe`] instead. Separate from `plan` because this part
+//! reads files and asks the operating system, and from `transport` because it sends nothing.
+
+use std::fmt;
+use std::fs;
+use std::io::{self, Read};
+use std::net::IpAddr;
+use std::num::{NonZeroU32, NonZeroUsize};
+use std::path::{Path, PathBuf};
+
+use serde::{Deserialize, Deserializer, Serialize, de};
 
 use crate::plan::Device;
-use serde::{Deserialize, Serialize};
-use std::path::Path;
 
-/// Share of a host's memory that its ranks may use where nobody says otherwise, percent.
-const MEMORY_SHARE_PERCENT: u64 = 80;
-/// Names in a cluster file that stand for any host: the machine that the program is tried on.
-const ANY_HOST: [&str; 2] = ["localhost", "127.0.0.1"];
+/// Largest cluster file read: some thousand devices. Anything larger is not a cluster file.
+const MAX_FILE_BYTES: u64 = 1 << 20;
 
-/// What a rank knows of the machine under it.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+/// Largest memory a device may claim, in GB; keeps every size far from 64 bits.
+const MAX_GIGABYTES: f64 = 1e9;
+
+/// Least common multiple of 1 to 16: a core's speed, so that up to 16 ranks on a host share its
+/// cores without rounding.
+const SPEED_OF_A_CORE: u64 = 720_720;
+
+/// One host or accelerator, as probed or as the cluster file describes it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct DeviceProfile {
+    /// Name of the device; the host name unless the cluster file gives another.
+    pub device_id: String,
     /// Name of the host.
     pub hostname: String,
-    /// `cpu` or `gpu`: what arrays are computed on.
-    pub device: String,
-    /// Memory of the host, or of the container that the rank runs in, in bytes.
+    /// Memory of the host that this process may use.
     pub memory_bytes: u64,
-    /// Processor cores that the rank may use.
-    pub core_count: u64,
-}
-
-/// Looks at this host.
-pub fn probe_local(device: &str) -> DeviceProfile {
-    DeviceProfile {
-        hostname: hostname(),
-        device: device.to_owned(),
-        memory_bytes: memory_bytes(),
-        core_count: std::thread::available_parallelism().map_or(1, |count| count.get() as u64),
-    }
-}
-
-/// A cluster file, checked.
-#[derive(Debug, Clone, Default, PartialEq)]
-pub struct ClusterFile {
-    /// Checkpoint directory or id.
-    pub model_name: Option<String>,
-    /// Ranks that the file is meant for.
-    pub model_parallel_size: Option<usize>,
-    /// One a rank, in rank order; empty if the file names none.
-    pub devices: Vec<NamedDevice>,
-}
-
-/// One device of a cluster file.
-#[derive(Debug, Clone, PartialEq)]
-pub struct NamedDevice {
-    /// Its name for people; the host name if it has none.
-    pub device_id: String,
-    /// Its host.
-    pub hostname: String,
-    /// Memory of the device, bytes.
-    pub memory_bytes: Option<u64>,
-    /// Cores of its GPU; the measure of its speed.
-    pub gpu_cores: Option<u64>,
-    /// Largest part of a model to be put on it, bytes.
+    /// `gpu_cores` of the cluster file, else the number of CPU cores.
+    pub cores: u64,
+    /// Most bytes the device should hold (`max_recommended_model_size_gb`), if known.
     pub max_model_bytes: Option<u64>,
 }
 
-/// Why a cluster file, or its fit with the ranks, is no good.
+impl DeviceProfile {
+    /// Bytes that all ranks on this device may hold together: the recommended maximum, or 80 % of
+    /// the memory, which leaves the rest to the system and the activations.
+    pub fn usable_bytes(&self) -> u64 {
+        match self.max_model_bytes {
+            Some(max_bytes) => max_bytes.min(self.memory_bytes),
+            None => self.memory_bytes / 5 * 4,
+        }
+    }
+}
+
+/// A rank's device, and how many ranks share it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct RankDevice {
+    /// The device.
+    pub profile: DeviceProfile,
+    /// Ranks on the device, this one included; at least 1.
+    pub sharers: NonZeroUsize,
+}
+
+impl RankDevice {
+    /// What the planner needs to know: this rank's even share of the device's memory and cores.
+    /// `memory_limit_bytes` (`--memory-limit`) is this rank's own and stands in place of its share.
+    pub fn plan_device(&self, memory_limit_bytes: Option<u64>) -> Device {
+        let sharers = self.sharers.get() as u64;
+        let usable_bytes = self.profile.usable_bytes();
+        let speed = self.profile.cores.saturating_mul(SPEED_OF_A_CORE) / sharers;
+        Device {
+            name: self.profile.hostname.clone(),
+            memory_limit_bytes: memory_limit_bytes.unwrap_or(usable_bytes / sharers),
+            speed: speed.max(1),
+        }
+    }
+}
+
+/// A checked cluster file. Every part is optional; fields it does not know are ignored, because
+/// files of the reference system carry more than what is used here.
+#[derive(Clone, Debug)]
+pub struct ClusterFile {
+    /// Where it was read, for messages.
+    pub path: PathBuf,
+    /// Model directory or Hugging Face id.
+    pub model_name: Option<String>,
+    /// Number of ranks the file is meant for.
+    pub model_parallel_size: Option<NonZeroUsize>,
+    /// The devices, in rank order where they share a name.
+    pub devices: Vec<DeviceEntry>,
+}
+
+/// One entry of the file's `devices`.
+#[derive(Clone, Debug, Deserialize)]
+#[serde(try_from = "DeviceFields")]
+pub struct DeviceEntry {
+    /// The entry's names: `hostname` and `device_id`, at least one of them.
+    names: Names,
+    capabilities: Capabilities,
+}
+
+/// The top of the file as it stands in JSON.
+#[derive(Deserialize)]
+struct FileFields {
+    model_name: Option<String>,
+    model_parallel_size: Option<NonZeroUsize>,
+    devices: Option<Vec<DeviceEntry>>,
+}
+
+/// A device as it stands in JSON.
+#[derive(Deserialize)]
+struct DeviceFields {
+    device_id: Option<String>,
+    hostname: Option<String>,
+    capabilities: Option<Capabilities>,
+}
+
+#[derive(Clone, Copy, Debug, Default, Deserialize)]
+struct Capabilities {
+    memory_gb: Option<Gigabytes>,
+    gpu_cores: Option<NonZeroU32>,
+    max_recommended_model_size_gb: Option<Gigabytes>,
+}
+
+/// A device is known by its host, by an id, or by both.
+#[derive(Clone, Debug)]
+struct Names {
+    device_id: String,
+    hostname: String,
+}
+
+impl TryFrom<DeviceFields> for DeviceEntry {
+    type Error = &'static str;
+
+    fn try_from(fields: DeviceFields) -> Result<Self, Self::Error> {
+        let given = |name: Option<String>| name.filter(|name| !name.trim().is_empty());
+        let (device_id, hostname) = (given(fields.device_id), given(fields.hostname));
+        let one = hostname.clone().or(device_id.clone());
+        let one = one.ok_or("the device has no name; expected `hostname` or `device_id`")?;
+        Ok(Self {
+            names: Names {
+                device_id: device_id.unwrap_or_else(|| one.clone()),
+                hostname: hostname.unwrap_or(one),
+            },
+            capabilities: fields.capabilities.unwrap_or_default(),
+        })
+    }
+}
+
+/// Bytes, read from a number of GB (1e9 bytes).
+#[derive(Clone, Copy, Debug)]
+struct Gigabytes(u64);
+
+impl<'de> Deserialize<'de> for Gigabytes {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        let gigabytes = f64::deserialize(deserializer)?;
+        let bytes = (gigabytes * 1e9).round();
+        if !(gigabytes <= MAX_GIGABYTES && bytes >= 1.0) {
+            let found = de::Unexpected::Float(gigabytes);
+            return Err(de::Error::invalid_value(
+                found,
+                &"a size in GB above 0 and up to 1e9",
+            ));
+        }
+        Ok(Self(bytes as u64))
+    }
+}
+
+/// What is wrong with a cluster file, or between it and the ranks that run.
 #[derive(Debug, thiserror::Error)]
 pub enum ClusterError {
-    /// Not JSON, or a field of the wrong type.
-    #[error("cluster file {path}: {cause}")]
+    /// The file cannot be read.
+    #[error("cannot read the cluster file {path}: {source}")]
+    Read {
+        /// The file.
+        path: PathBuf,
+        /// The system's reason.
+        source: io::Error,
+    },
+    /// The file is too large to be a cluster file.
+    #[error("cluster file {path}: larger than {MAX_FILE_BYTES} bytes; is it a cluster file?")]
+    TooLarge {
+        /// The file.
+        path: PathBuf,
+    },
+    /// The file is not JSON, or a field has the wrong type or value.
+    #[error("cluster file {path}, field `{field}`: {message}")]
     Malformed {
         /// The file.
-        path: String,
-        /// What is wrong, with line and column.
-        cause: serde_json::Error,
-    },
-    /// A value that cannot be.
-    #[error("cluster file {path}: {field} is {found}; expected {expected}")]
-    Value {
-        /// The file.
-        path: String,
-        /// Path of the field.
+        path: PathBuf,
+        /// Path of the field, such as `devices[1].capabilities.memory_gb`; `.` is the whole file.
         field: String,
-        /// What stands there.
-        found: String,
-        /// What should.
-        expected: &'static str,
+        /// What was found and expected, with line and column.
+        message: String,
     },
-    /// The file is for another number of ranks.
+    /// `model_parallel_size` is not the number of ranks.
     #[error(
-        "the cluster file is for {in_file} ranks ({because}), but this run has {launched}; start \
-         mpirun with -np {in_file}, or change the file"
+        "cluster file {path}: model_parallel_size is {expected}, but the number of ranks is \
+         {found}; start {expected} ranks (mpirun -np {expected}, or plan --ranks {expected}), or \
+         change model_parallel_size to {found}"
     )]
-    RankCount {
-        /// Ranks that the file is for.
-        in_file: usize,
-        /// The field that says so.
-        because: &'static str,
-        /// Ranks in the run.
-        launched: usize,
+    ParallelSize {
+        /// The file.
+        path: PathBuf,
+        /// `model_parallel_size`.
+        expected: usize,
+        /// Ranks.
+        found: usize,
     },
     /// A rank runs on a host that the file does not name.
     #[error(
-        "rank {rank} runs on host {host}, which the cluster file does not name (it names {known}); correct \
-         its `hostname`, or the hostfile given to mpirun"
+        "unknown host `{host}` (rank {rank}): the cluster file {path} names {known}; add the host \
+         to `devices`, or take it out of the hostfile"
     )]
     UnknownHost {
+        /// The file.
+        path: PathBuf,
         /// The rank.
         rank: usize,
-        /// Its host.
+        /// Name of its host.
         host: String,
-        /// Hosts in the file.
+        /// The names in the file.
         known: String,
+    },
+    /// Several devices on one host, and not one a rank.
+    #[error(
+        "cluster file {path}: {devices} devices match host `{host}`, where {ranks} ranks run; \
+         expected one device for all of them, or one a rank"
+    )]
+    Ambiguous {
+        /// The file.
+        path: PathBuf,
+        /// The host.
+        host: String,
+        /// Entries that match it.
+        devices: usize,
+        /// Ranks that run there.
+        ranks: usize,
+    },
+    /// `plan` for a host that is not there, whose memory the file leaves out.
+    #[error(
+        "cluster file {path}, field `devices[{index}].capabilities`: neither memory_gb nor \
+         max_recommended_model_size_gb is given for `{host}`, and without it a plan for that host \
+         cannot be made from here"
+    )]
+    NoMemory {
+        /// The file.
+        path: PathBuf,
+        /// Position in `devices`.
+        index: usize,
+        /// The host.
+        host: String,
+    },
+    /// `plan` for a host that is not there, whose cores the file leaves out.
+    #[error(
+        "cluster file {path}, field `devices[{index}].capabilities.gpu_cores`: not given for \
+         `{host}`, and without it a plan for that host cannot be made from here"
+    )]
+    NoCores {
+        /// The file.
+        path: PathBuf,
+        /// Position in `devices`.
+        index: usize,
+        /// The host.
+        host: String,
+    },
+    /// `plan` for more ranks than the file names devices.
+    #[error(
+        "cluster file {path} names {devices} devices, too few for {ranks} ranks; \
+         use --ranks {devices} or name more devices"
+    )]
+    TooFewDevices {
+        /// The file.
+        path: PathBuf,
+        /// Devices.
+        devices: usize,
+        /// Ranks.
+        ranks: usize,
+    },
+    /// This host does not tell its memory.
+    #[error("cannot find out this host's memory ({asked}): {source}; name it in a --cluster file")]
+    Probe {
+        /// What was asked.
+        asked: &'static str,
+        /// The system's reason.
+        source: io::Error,
     },
 }
 
-/// The file as JSON has it.
-#[derive(Deserialize)]
-struct RawFile {
-    model_name: Option<String>,
-    model_parallel_size: Option<usize>,
-    devices: Option<Vec<RawDevice>>,
+impl ClusterFile {
+    /// Reads and checks a cluster file.
+    ///
+    /// # Errors
+    ///
+    /// The file cannot be read, is larger than 1 MiB, or is malformed.
+    pub fn read(path: &Path) -> Result<Self, ClusterError> {
+        let failed = |source| ClusterError::Read {
+            path: path.to_owned(),
+            source,
+        };
+        let mut text = String::new();
+        let file = fs::File::open(path).map_err(failed)?;
+        // One byte more than allowed, so that too large a file is told from one of just this size.
+        file.take(MAX_FILE_BYTES + 1)
+            .read_to_string(&mut text)
+            .map_err(failed)?;
+        if text.len() as u64 > MAX_FILE_BYTES {
+            return Err(ClusterError::TooLarge {
+                path: path.to_owned(),
+            });
+        }
+        Self::parse(path, &text)
+    }
+
+    /// Checks the text of a cluster file; `path` is for messages only.
+    ///
+    /// # Errors
+    ///
+    /// [`ClusterError::Malformed`] with the field's path, line and column.
+    pub fn parse(path: &Path, text: &str) -> Result<Self, ClusterError> {
+        let malformed = |field: String, error: serde_json::Error| ClusterError::Malformed {
+            path: path.to_owned(),
+            field,
+            message: error.to_string(),
+        };
+        let mut json = serde_json::Deserializer::from_str(text);
+        let fields: FileFields = serde_path_to_error::deserialize(&mut json)
+            .map_err(|error| malformed(error.path().to_string(), error.into_inner()))?;
+        json.end()
+            .map_err(|error| malformed(".".to_owned(), error))?;
+        Ok(Self {
+            path: path.to_owned(),
+            model_name: fields.model_name,
+            model_parallel_size: fields.model_parallel_size,
+            devices: fields.devices.unwrap_or_default(),
+        })
+    }
+
+    fn check_ranks(&self, found: usize) -> Result<(), ClusterError> {
+        match self.model_parallel_size.map(NonZeroUsize::get) {
+            Some(expected) if expected != found => Err(ClusterError::ParallelSize {
+                path: self.path.clone(),
+                expected,
+                found,
+            }),
+            _ => Ok(()),
+        }
+    }
+
+    /// Positions of the entries that name `profile`'s host, by the best kind of match there is.
+    fn matching(&self, profile: &DeviceProfile, one_host: bool) -> Vec<usize> {
+        let quality = |entry: &DeviceEntry| entry.names.matches(profile, one_host);
+        let best = self.devices.iter().filter_map(quality).min();
+        let entries = self.devices.iter().enumerate();
+        entries
+            .filter(|(_, entry)| best.is_some() && quality(entry) == best)
+            .map(|(index, _)| index)
+            .collect()
+    }
+
+    fn unknown_host(&self, rank: usize, profile: &DeviceProfile) -> ClusterError {
+        let known: Vec<String> = self.devices.iter().map(|d| d.names.to_string()).collect();
+        ClusterError::UnknownHost {
+            path: self.path.clone(),
+            rank,
+            host: profile.hostname.clone(),
+            known: known.join(", "),
+        }
+    }
 }
 
-#[derive(Deserialize)]
-struct RawDevice {
-    device_id: Option<String>,
-    hostname: Option<String>,
-    #[serde(default)]
-    capabilities: RawCapabilities,
+impl DeviceEntry {
+    /// The probed profile with everything that the entry states laid over it. The host keeps the
+    /// name that it gave itself.
+    fn over(&self, probed: &DeviceProfile) -> DeviceProfile {
+        let stated = self.capabilities;
+        DeviceProfile {
+            device_id: self.names.device_id.clone(),
+            hostname: probed.hostname.clone(),
+            memory_bytes: stated
+                .memory_gb
+                .map_or(probed.memory_bytes, |memory| memory.0),
+            cores: stated
+                .gpu_cores
+                .map_or(probed.cores, |cores| cores.get().into()),
+            max_model_bytes: stated
+                .max_recommended_model_size_gb
+                .map_or(probed.max_model_bytes, |max| Some(max.0)),
+        }
+    }
 }
 
-#[derive(Deserialize, Default)]
-struct RawCapabilities {
-    memory_gb: Option<f64>,
-    gpu_cores: Option<u64>,
-    max_recommended_model_size_gb: Option<f64>,
+/// How an entry names a host; the better kind first.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+enum Match {
+    /// `hostname` or `device_id` is the host's whole name.
+    Name,
+    /// They agree up to the first dot: `mini1.local` and `mini1.lan`.
+    FirstLabel,
+    /// `localhost`, and all ranks run on one host.
+    Local,
+}
+
+impl Names {
+    fn matches(&self, profile: &DeviceProfile, one_host: bool) -> Option<Match> {
+        let names = [self.hostname.as_str(), self.device_id.as_str()];
+        let host = profile.hostname.as_str();
+        if names.iter().any(|name| name.eq_ignore_ascii_case(host)) {
+            Some(Match::Name)
+        } else if names.iter().any(|name| same_first_label(name, host)) {
+            Some(Match::FirstLabel)
+        } else {
+            (one_host && self.is_local()).then_some(Match::Local)
+        }
+    }
+
+    fn is_local(&self) -> bool {
+        let loopback = self
+            .hostname
+            .parse::<IpAddr>()
+            .is_ok_and(|ip| ip.is_loopback());
+        loopback || self.hostname.eq_ignore_ascii_case("localhost")
+    }
+}
+
+impl fmt::Display for Names {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "`{}`", self.hostname)?;
+        match self.device_id == self.hostname {
+            true => Ok(()),
+            false => write!(f, " (device_id `{}`)", self.device_id),
+        }
+    }
+}
+
+/// Whether two host names agree up to the first dot. An address has no labels.
+fn same_first_label(a: &str, b: &str) -> bool {
+    let label = |name: &str| name.split('.').next().unwrap_or(name).to_ascii_lowercase();
+    let is_address = |name: &str| name.parse::<IpAddr>().is_ok();
+    !is_address(a) && !is_address(b) && label(a) == label(b)
+}
+
+/// Each rank's device: the profiles probed by the ranks (`gathered`, in rank order), with the
+/// cluster file laid over them. Ranks that come to the same device share it; where the file has
+/// several devices for one host, the host's ranks take one each in their order.
+///
+/// # Errors
+///
+/// The file is meant for another number of ranks, does not name a rank's host although it names
+/// devices, or has several devices for a host but not one a rank.
+pub fn assign(
+    file: Option<&ClusterFile>,
+    gathered: &[DeviceProfile],
+) -> Result<Vec<RankDevice>, ClusterError> {
+    if let Some(file) = file {
+        file.check_ranks(gathered.len())?;
+        if !file.devices.is_empty() {
+            return assign_named(file, gathered);
+        }
+    }
+    let same_host =
+        |a: &DeviceProfile, b: &DeviceProfile| a.hostname.eq_ignore_ascii_case(&b.hostname);
+    let share = |profile: &DeviceProfile| RankDevice {
+        profile: profile.clone(),
+        sharers: count(gathered, |other| same_host(profile, other)),
+    };
+    Ok(gathered.iter().map(share).collect())
+}
+
+fn assign_named(
+    file: &ClusterFile,
+    gathered: &[DeviceProfile],
+) -> Result<Vec<RankDevice>, ClusterError> {
+    let first = gathered.first();
+    let one_host = gathered.iter().all(|profile| {
+        first.is_some_and(|first| first.hostname.eq_ignore_ascii_case(&profile.hostname))
+    });
+    let matches: Vec<Vec<usize>> = gathered
+        .iter()
+        .map(|profile| file.matching(profile, one_host))
+        .collect();
+    let mut ranks = Vec::with_capacity(gathered.len());
+    for (rank, (profile, entries)) in gathered.iter().zip(&matches).enumerate() {
+        let sharers = count(&matches, |other| other == entries);
+        let before = matches
+            .iter()
+            .take(rank)
+            .filter(|other| *other == entries)
+            .count();
+        let (entry, sharers) = match entries.as_slice() {
+            [] => return Err(file.unknown_host(rank, profile)),
+            [only] => (*only, sharers),
+            several if several.len() == sharers.get() => (several[before], NonZeroUsize::MIN),
+            several => {
+                return Err(ClusterError::Ambiguous {
+                    path: file.path.clone(),
+                    host: profile.hostname.clone(),
+                    devices: several.len(),
+                    ranks: sharers.get(),
+                });
+            }
+        };
+        ranks.push(RankDevice {
+            profile: file.devices[entry].over(profile),
+            sharers,
+        });
+    }
+    Ok(ranks)
+}
+
+/// How many of `items` are alike; at least 1, for an item is always like itself.
+fn count<T>(items: &[T], alike: impl Fn(&T) -> bool) -> NonZeroUsize {
+    let count = items.iter().filter(|item| alike(item)).count();
+    NonZeroUsize::new(count).unwrap_or(NonZeroUsize::MIN)
+}
+
+/// Each rank's device for `mlx-pipe plan`, without any rank running: the file's devices, one a rank
+/// (the first `ranks` of them; a single one is shared by all `ranks`), or, without devices in a
+/// file, `ranks` ranks that share this host. `ranks` defaults to the file's `model_parallel_size`,
+/// then to its number of devices, then to 1.
+///
+/// # Errors
+///
+/// `ranks` contradicts `model_parallel_size`, the file names too few devices, or leaves out what
+/// must be known about a host that is not this one.
+pub fn describe(
+    file: Option<&ClusterFile>,
+    ranks: Option<NonZeroUsize>,
+    probed: &DeviceProfile,
+) -> Result<Vec<RankDevice>, ClusterError> {
+    let devices = file.map_or(0, |file| file.devices.len());
+    let stated = file.and_then(|file| file.model_parallel_size);
+    let ranks = ranks
+        .or(stated)
+        .or(NonZeroUsize::new(devices))
+        .unwrap_or(NonZeroUsize::MIN);
+    if let Some(file) = file {
+        file.check_ranks(ranks.get())?;
+    }
+    match file {
+        Some(file) if devices > 1 => {
+            if devices < ranks.get() {
+                let (path, ranks) = (file.path.clone(), ranks.get());
+                return Err(ClusterError::TooFewDevices {
+                    path,
+                    devices,
+                    ranks,
+                });
+            }
+            let one_each = |index| file.describe(index, NonZeroUsize::MIN, probed);
+            (0..ranks.get()).map(one_each).collect()
+        }
+        Some(file) if devices == 1 => Ok(vec![file.describe(0, ranks, probed)?; ranks.get()]),
+        _ => Ok(vec![
+            RankDevice {
+                profile: probed.clone(),
+                sharers: ranks
+            };
+            ranks.get()
+        ]),
+    }
 }
 
 impl ClusterFile {
-    /// Reads the text of a cluster file; `path` is for messages. Fields that it does not know are passed
-    /// over: the reference system's files carry more.
-    ///
-    /// # Errors
-    /// Text that is no cluster file, or a value that cannot be.
-    pub fn parse(text: &str, path: &Path) -> Result<Self, ClusterError> {
-        let path = path.display().to_string();
-        let raw: RawFile = serde_json::from_str(text).map_err(|cause| ClusterError::Malformed {
-            path: path.clone(),
-            cause,
-        })?;
-        if raw.model_parallel_size == Some(0) {
-            return Err(ClusterError::Value {
-                path,
-                field: "model_parallel_size".into(),
-                found: "0".into(),
-                expected: "1 or more",
+    /// The device at `index`, whose host need not be there. Only this host's gaps can be filled by
+    /// the probe.
+    fn describe(
+        &self,
+        index: usize,
+        sharers: NonZeroUsize,
+        probed: &DeviceProfile,
+    ) -> Result<RankDevice, ClusterError> {
+        let entry = &self.devices[index];
+        if entry.names.matches(probed, true).is_some() {
+            return Ok(RankDevice {
+                profile: entry.over(probed),
+                sharers,
             });
         }
-        let devices = raw.devices.unwrap_or_default();
-        Ok(Self {
-            model_name: raw.model_name,
-            model_parallel_size: raw.model_parallel_size,
-            devices: devices
-                .into_iter()
-                .enumerate()
-                .map(|(index, device)| check_device(device, index, &path))
-                .collect::<Result<_, _>>()?,
-        })
-    }
-
-    /// Ranks that the file is for, and the field that says so.
-    pub fn rank_count(&self) -> Option<(usize, &'static str)> {
-        match (self.model_parallel_size, self.devices.len()) {
-            (Some(size), _) => Some((size, "`model_parallel_size`")),
-            (None, 0) => None,
-            (None, count) => Some((count, "the length of `devices`")),
-        }
-    }
-
-    /// The devices as profiles of ranks, for a plan of a cluster that is not there. What the file leaves
-    /// out is taken from `like`.
-    pub fn profiles(&self, like: &DeviceProfile) -> Vec<DeviceProfile> {
-        let named = self.devices.iter().map(|device| DeviceProfile {
-            hostname: device.hostname.clone(),
-            ..like.clone()
-        });
-        let count = self.rank_count().map_or(0, |(count, _)| count);
-        named
-            .chain(std::iter::repeat_with(|| like.clone()))
-            .take(count.max(self.devices.len()))
-            .collect()
+        let host = entry.names.hostname.clone();
+        let Capabilities {
+            memory_gb,
+            gpu_cores,
+            max_recommended_model_size_gb,
+        } = entry.capabilities;
+        let Some(memory) = memory_gb.or(max_recommended_model_size_gb) else {
+            return Err(ClusterError::NoMemory {
+                path: self.path.clone(),
+                index,
+                host,
+            });
+        };
+        let Some(cores) = gpu_cores else {
+            return Err(ClusterError::NoCores {
+                path: self.path.clone(),
+                index,
+                host,
+            });
+        };
+        let profile = DeviceProfile {
+            device_id: entry.names.device_id.clone(),
+            hostname: host,
+            memory_bytes: memory.0,
+            cores: cores.get().into(),
+            max_model_bytes: max_recommended_model_size_gb.map(|max| max.0),
+        };
+        Ok(RankDevice { profile, sharers })
     }
 }
 
-fn check_device(raw: RawDevice, index: usize, path: &str) -> Result<NamedDevice, ClusterError> {
-    let wrong = |field: &str, found: String, expected| ClusterError::Value {
-        path: path.to_owned(),
-        field: format!("devices[{index}].{field}"),
-        found,
-        expected,
-    };
-    let Some(hostname) = raw.hostname.or_else(|| raw.device_id.clone()) else {
-        return Err(wrong("hostname", "missing".into(), "the name of a host"));
-    };
-    let bytes = |field: &str, gigabytes: Option<f64>| match gigabytes {
-        None => Ok(None),
-        // A petabyte is more than any of them has.
-        Some(number) if number > 0.0 && number < 1e6 => Ok(Some((number * 1e9) as u64)),
-        Some(number) => Err(wrong(
-            &format!("capabilities.{field}"),
-            number.to_string(),
-            "a positive number of gigabytes",
-        )),
-    };
-    let capabilities = raw.capabilities;
-    if capabilities.gpu_cores == Some(0) {
-        return Err(wrong("capabilities.gpu_cores", "0".into(), "1 or more"));
-    }
-    Ok(NamedDevice {
-        device_id: raw.device_id.unwrap_or_else(|| hostname.clone()),
+/// This host: name, the memory that this process may use (control groups heeded), CPU cores.
+///
+/// The core count is the host's and not the process's: MPI binds ranks to cores, and the cores are
+/// divided among the host's ranks afterwards.
+///
+/// # Errors
+///
+/// [`ClusterError::Probe`] if the system does not tell its memory.
+pub fn probe_local() -> Result<DeviceProfile, ClusterError> {
+    let hostname = gethostname::gethostname().to_string_lossy().into_owned();
+    Ok(DeviceProfile {
+        device_id: hostname.clone(),
         hostname,
-        memory_bytes: bytes("memory_gb", capabilities.memory_gb)?,
-        gpu_cores: capabilities.gpu_cores,
-        max_model_bytes: bytes(
-            "max_recommended_model_size_gb",
-            capabilities.max_recommended_model_size_gb,
-        )?,
+        memory_bytes: probe::memory_bytes()?,
+        cores: probe::cores(),
+        max_model_bytes: None,
     })
 }
 
-/// One device a rank: each profile completed by what the file says of its host. A rank may use
-/// `memory_limit` bytes, else its share of what the file recommends or of the host's memory.
-///
-/// # Errors
-/// Another number of ranks than the file is for, or a host that it does not name.
-pub fn devices(
-    profiles: &[DeviceProfile],
-    file: Option<&ClusterFile>,
-    memory_limit: Option<u64>,
-) -> Result<Vec<Device>, ClusterError> {
-    if let Some((in_file, because)) = file.and_then(ClusterFile::rank_count)
-        && in_file != profiles.len()
-    {
-        return Err(ClusterError::RankCount {
-            in_file,
-            because,
-            launched: profiles.len(),
+/// What every system tells without being asked specially.
+fn available_cores() -> u64 {
+    std::thread::available_parallelism().map_or(1, |cores| cores.get() as u64)
+}
+
+/// Questions to Linux: files of `/proc` and `/sys`.
+#[cfg(target_os = "linux")]
+mod probe {
+    use std::fs;
+    use std::io;
+    use std::path::{Path, PathBuf};
+
+    use super::ClusterError;
+
+    const MEMINFO: &str = "/proc/meminfo";
+
+    pub(super) fn memory_bytes() -> Result<u64, ClusterError> {
+        let failed = |source| ClusterError::Probe {
+            asked: MEMINFO,
+            source,
+        };
+        let text = fs::read_to_string(MEMINFO).map_err(failed)?;
+        let total_bytes = total_bytes(&text);
+        let total_bytes = total_bytes.ok_or_else(|| failed(io::ErrorKind::InvalidData.into()))?;
+        let groups = fs::read_to_string("/proc/self/cgroup").unwrap_or_default();
+        // A limit that cannot be read, or reads `max`, is no limit.
+        let limits = limit_files(&groups).into_iter().filter_map(|file| {
+            fs::read_to_string(file)
+                .ok()?
+                .trim()
+                .parse::<u64>()
+                .ok()
+                .filter(|bytes| *bytes > 0)
         });
-    }
-    let named = match file {
-        Some(file) if !file.devices.is_empty() => assign(profiles, &file.devices)?,
-        _ => vec![None; profiles.len()],
-    };
-    // Speeds compare only where they count the same thing.
-    let all_have_gpu_cores = named
-        .iter()
-        .all(|device| device.is_some_and(|device| device.gpu_cores.is_some()));
-    Ok(profiles
-        .iter()
-        .zip(&named)
-        .map(|(profile, named)| {
-            // A device of the file is one rank's own; a probed host is shared by its ranks.
-            let sharing = profiles
-                .iter()
-                .filter(|other| same_host(&other.hostname, &profile.hostname))
-                .count() as u64;
-            let shared_limit = profile.memory_bytes / 100 * MEMORY_SHARE_PERCENT / sharing;
-            let limit = named.and_then(|device| {
-                let of_memory = device
-                    .memory_bytes
-                    .map(|bytes| bytes / 100 * MEMORY_SHARE_PERCENT);
-                device.max_model_bytes.or(of_memory)
-            });
-            Device {
-                name: named
-                    .map_or(&profile.hostname, |device| &device.device_id)
-                    .clone(),
-                memory_limit_bytes: memory_limit.or(limit).unwrap_or(shared_limit),
-                speed: match named.and_then(|device| device.gpu_cores) {
-                    Some(gpu_cores) if all_have_gpu_cores => gpu_cores,
-                    // Scaled, so that sharing rounds nothing away.
-                    _ => (profile.core_count * 1000 / sharing).max(1),
-                },
-            }
-        })
-        .collect())
-}
-
-/// The device of the file that each rank runs on. Several ranks of one host take its devices in order.
-fn assign<'f>(
-    profiles: &[DeviceProfile],
-    devices: &'f [NamedDevice],
-) -> Result<Vec<Option<&'f NamedDevice>>, ClusterError> {
-    let mut free: Vec<&NamedDevice> = devices.iter().collect();
-    let mut assigned = Vec::with_capacity(profiles.len());
-    for (rank, profile) in profiles.iter().enumerate() {
-        let fits = |device: &&NamedDevice| {
-            ANY_HOST.contains(&device.hostname.as_str())
-                || same_host(&device.hostname, &profile.hostname)
-                || same_host(&device.device_id, &profile.hostname)
-        };
-        let Some(place) = free.iter().position(fits) else {
-            let known: Vec<&str> = devices
-                .iter()
-                .map(|device| device.hostname.as_str())
-                .collect();
-            return Err(ClusterError::UnknownHost {
-                rank,
-                host: profile.hostname.clone(),
-                known: known.join(", "),
-            });
-        };
-        assigned.push(Some(free.remove(place)));
-    }
-    Ok(assigned)
-}
-
-/// Whether two names are of one host: equal, or one the first label of the other, in any case
-/// (`mini1` and `Mini1.local`).
-fn same_host(one: &str, other: &str) -> bool {
-    let first_label = |name: &str| name.split('.').next().unwrap_or(name).to_ascii_lowercase();
-    let is_short =
-        |name: &str| !name.contains('.') || name.to_ascii_lowercase().ends_with(".local");
-    one.eq_ignore_ascii_case(other)
-        || ((is_short(one) || is_short(other)) && first_label(one) == first_label(other))
-}
-
-fn hostname() -> String {
-    let mut buffer = [0u8; 256];
-    // SAFETY: the buffer is writable for the length given; the last byte stays 0 whatever the call does.
-    let failed = unsafe { libc::gethostname(buffer.as_mut_ptr().cast(), buffer.len() - 1) } != 0;
-    let end = buffer.iter().position(|&byte| byte == 0).unwrap_or(0);
-    match failed || end == 0 {
-        true => "localhost".into(),
-        false => String::from_utf8_lossy(&buffer[..end]).into_owned(),
-    }
-}
-
-/// Memory that this process could use at most: the host's, or its container's if that is less.
-fn memory_bytes() -> u64 {
-    // SAFETY: `sysconf` has no preconditions.
-    let (pages, page_bytes) = unsafe {
-        (
-            libc::sysconf(libc::_SC_PHYS_PAGES),
-            libc::sysconf(libc::_SC_PAGESIZE),
-        )
-    };
-    let host = pages.max(0) as u64 * page_bytes.max(0) as u64;
-    [
-        "/sys/fs/cgroup/memory.max",
-        "/sys/fs/cgroup/memory/memory.limit_in_bytes",
-    ]
-    .into_iter()
-    .filter_map(|file| std::fs::read_to_string(file).ok()?.trim().parse().ok())
-    .fold(host, u64::min)
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn profile(hostname: &str) -> DeviceProfile {
-        DeviceProfile {
-            hostname: hostname.into(),
-            device: "cpu".into(),
-            memory_bytes: 10_000_000_000,
-            core_count: 4,
-        }
+        Ok(limits.fold(total_bytes, u64::min))
     }
 
-    fn parse(text: &str) -> Result<ClusterFile, ClusterError> {
-        ClusterFile::parse(text, Path::new("c.json"))
+    pub(super) fn cores() -> u64 {
+        let online = fs::read_to_string("/sys/devices/system/cpu/online").ok();
+        online
+            .and_then(|text| online_cores(&text))
+            .unwrap_or_else(super::available_cores)
     }
 
-    #[test]
-    fn the_file_for_three_minis_gives_three_equal_devices() {
-        let text = include_str!("../hostfiles/minis.json");
-        let file = parse(text).unwrap();
-        let profiles = ["mini1.local", "mini2", "MINI3.local"].map(profile);
-        let devices = devices(&profiles, Some(&file), None).unwrap();
-        for device in &devices {
-            assert_eq!(
-                (device.memory_limit_bytes, device.speed),
-                (12_000_000_000, 10)
+    /// `MemTotal` of `/proc/meminfo`, which counts in KiB (proc_meminfo(5)).
+    pub(super) fn total_bytes(meminfo: &str) -> Option<u64> {
+        let line = meminfo
+            .lines()
+            .find_map(|line| line.strip_prefix("MemTotal:"))?;
+        let kibibytes: u64 = line.trim().strip_suffix("kB")?.trim().parse().ok()?;
+        kibibytes.checked_mul(1024).filter(|bytes| *bytes > 0)
+    }
+
+    /// The files that may limit this process's memory, from `/proc/self/cgroup` (cgroups(7)): in
+    /// its own group and all those above, of which the tightest counts. Inside a container the
+    /// group's path may be the host's and then leads nowhere, but the last one, the root, is there.
+    pub(super) fn limit_files(groups: &str) -> Vec<PathBuf> {
+        let mut files = Vec::new();
+        for line in groups.lines() {
+            let mut parts = line.splitn(3, ':').skip(1);
+            let (Some(controllers), Some(group)) = (parts.next(), parts.next()) else {
+                continue;
+            };
+            let (root, name) = if controllers.is_empty() {
+                ("/sys/fs/cgroup", "memory.max")
+            } else if controllers
+                .split(',')
+                .any(|controller| controller == "memory")
+            {
+                ("/sys/fs/cgroup/memory", "memory.limit_in_bytes")
+            } else {
+                continue;
+            };
+            let group = Path::new(group.trim_start_matches('/'));
+            files.extend(
+                group
+                    .ancestors()
+                    .map(|group| Path::new(root).join(group).join(name)),
             );
         }
-        assert_eq!(file.rank_count().unwrap().0, 3);
+        files
     }
 
-    #[test]
-    fn an_empty_file_changes_nothing() {
-        let profiles = [profile("a"), profile("b")];
-        let file = parse("{}").unwrap();
-        let with = devices(&profiles, Some(&file), None).unwrap();
-        assert_eq!(with, devices(&profiles, None, None).unwrap());
-        assert_eq!(with[0].memory_limit_bytes, 8_000_000_000);
-    }
-
-    #[test]
-    fn ranks_of_one_host_share_its_memory_and_cores() {
-        let devices = devices(&[profile("a"), profile("a"), profile("b")], None, None).unwrap();
-        let of = |rank: usize| (devices[rank].memory_limit_bytes, devices[rank].speed);
-        assert_eq!(of(0), (4_000_000_000, 2000));
-        assert_eq!(of(1), of(0));
-        assert_eq!(of(2), (8_000_000_000, 4000));
-    }
-
-    #[test]
-    fn an_explicit_limit_is_each_ranks() {
-        let devices = devices(&[profile("a"), profile("a")], None, Some(77)).unwrap();
-        assert!(devices.iter().all(|device| device.memory_limit_bytes == 77));
-    }
-
-    #[test]
-    fn localhost_stands_for_any_host_in_rank_order() {
-        let file = parse(
-            r#"{"devices": [{"device_id": "x", "hostname": "localhost"},
-                            {"device_id": "y", "hostname": "127.0.0.1"}]}"#,
-        )
-        .unwrap();
-        let devices = devices(&[profile("m"), profile("m")], Some(&file), None).unwrap();
-        assert_eq!([&devices[0].name[..], &devices[1].name[..]], ["x", "y"]);
-    }
-
-    #[test]
-    fn a_host_that_the_file_does_not_name_is_an_error_that_lists_the_known_ones() {
-        let file = parse(r#"{"devices": [{"hostname": "mini1"}, {"hostname": "mini2"}]}"#).unwrap();
-        let error = devices(&[profile("mini1"), profile("desk")], Some(&file), None).unwrap_err();
-        let text = error.to_string();
-        assert!(text.contains("rank 1") && text.contains("desk"), "{text}");
-        assert!(text.contains("mini1, mini2"), "{text}");
-    }
-
-    #[test]
-    fn another_number_of_ranks_is_an_error_that_says_which_to_change() {
-        let file = parse(r#"{"model_parallel_size": 3}"#).unwrap();
-        let text = devices(&[profile("a")], Some(&file), None)
-            .unwrap_err()
-            .to_string();
-        assert!(text.contains("-np 3") && text.contains("has 1"), "{text}");
-    }
-
-    #[test]
-    fn values_that_cannot_be_are_named_by_path() {
-        let device = |capabilities: &str| {
-            format!(r#"{{"devices": [{{"hostname": "a", "capabilities": {{{capabilities}}}}}]}}"#)
+    /// The number of CPUs in a list such as `0-3,8`.
+    pub(super) fn online_cores(list: &str) -> Option<u64> {
+        let count = |part: &str| {
+            let (first, last) = part.split_once('-').unwrap_or((part, part));
+            let (first, last): (u64, u64) = (first.parse().ok()?, last.parse().ok()?);
+            last.checked_sub(first)?.checked_add(1)
         };
-        for (text, field) in [
-            (
-                device(r#""memory_gb": -1"#),
-                "devices[0].capabilities.memory_gb",
-            ),
-            (
-                device(r#""memory_gb": 0"#),
-                "devices[0].capabilities.memory_gb",
-            ),
-            (
-                device(r#""gpu_cores": 0"#),
-                "devices[0].capabilities.gpu_cores",
-            ),
-            (device(r#""memory_gb": "16""#), "line 1"),
-            (r#"{"devices": [{}]}"#.into(), "devices[0].hostname"),
-            (
-                r#"{"model_parallel_size": 0}"#.into(),
-                "model_parallel_size",
-            ),
-            ("{".into(), "c.json"),
-        ] {
-            let error = parse(&text).unwrap_err().to_string();
-            assert!(error.contains(field), "{text}: {error}");
+        list.trim()
+            .split(',')
+            .map(count)
+            .try_fold(0_u64, |sum, cores| sum.checked_add(cores?))
+    }
+}
+
+/// Questions to macOS: `sysctl`.
+#[cfg(target_os = "macos")]
+mod probe {
+    use std::io;
+
+    use super::ClusterError;
+
+    pub(super) fn memory_bytes() -> Result<u64, ClusterError> {
+        let mut bytes = 0_u64;
+        let mut size = size_of::<u64>();
+        // SAFETY: the name ends with a zero byte; `bytes` and `size` are live and writable, `size`
+        // is the size of `bytes`, and the last two arguments ask for nothing to be changed.
+        let status = unsafe {
+            libc::sysctlbyname(
+                c"hw.memsize".as_ptr(),
+                (&raw mut bytes).cast(),
+                &raw mut size,
+                std::ptr::null_mut(),
+                0,
+            )
+        };
+        if status != 0 || size != size_of::<u64>() {
+            let source = io::Error::last_os_error();
+            return Err(ClusterError::Probe {
+                asked: "sysctl hw.memsize",
+                source,
+            });
         }
+        Ok(bytes)
     }
 
-    #[test]
-    fn names_of_one_host_are_recognised() {
-        assert!(same_host("mini1", "Mini1.local"));
-        assert!(same_host("mini1", "mini1"));
-        assert!(same_host("mini1.lan", "mini1"));
-        assert!(!same_host("mini1.lan", "mini1.org"));
-        assert!(!same_host("mini1", "mini11"));
+    pub(super) fn cores() -> u64 {
+        super::available_cores()
+    }
+}
+
+/// Other systems do not tell.
+#[cfg(not(any(target_os = "linux", target_os = "macos")))]
+mod probe {
+    use super::ClusterError;
+
+    pub(super) fn memory_bytes() -> Result<u64, ClusterError> {
+        let source = std::io::ErrorKind::Unsupported.into();
+        Err(ClusterError::Probe {
+            asked: "on Linux and macOS only",
+            source,
+        })
     }
 
-    #[test]
-    fn the_probe_finds_memory_and_cores() {
-        let here = probe_local("cpu");
-        assert!(here.memory_bytes > 1 << 28 && here.core_count > 0 && !here.hostname.is_empty());
+    pub(super) fn cores() -> u64 {
+        super::available_cores()
     }
 }

@@ -1,12 +1,13 @@
 //! The commands that need no MPI: `plan` and `import`.
 
 use crate::cli::PlanOptions;
-use crate::cluster::{self, ClusterFile, DeviceProfile};
+use crate::cluster::{self, ClusterFile};
 use crate::hub::{self, Found};
 use crate::model::ModelFiles;
-use crate::plan::{self, PlanRequest, WireDtype};
+use crate::plan::{self, Device, PlanRequest, WireDtype};
 use crate::session;
-use anyhow::{Context, Result, bail};
+use anyhow::{Result, bail};
+use std::num::NonZeroUsize;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
@@ -15,20 +16,22 @@ use std::process::ExitCode;
 /// # Errors
 /// No model, a bad cluster file, or nothing that fits.
 pub fn plan(options: &PlanOptions) -> Result<()> {
-    let file = match &options.model.cluster {
-        None => None,
-        Some(path) => {
-            let text = std::fs::read_to_string(path)
-                .with_context(|| format!("reading the cluster file {}", path.display()))?;
-            Some(ClusterFile::parse(&text, path)?)
-        }
-    };
+    let cluster = options.model.cluster.as_deref();
+    let file = cluster.map(ClusterFile::read).transpose()?;
     let files = ModelFiles::open(&find_model(options, file.as_ref())?)?;
-    let profiles = profiles(options, file.as_ref());
+    let ranks = options
+        .ranks
+        .map(|count| count as usize)
+        .and_then(NonZeroUsize::new);
+    let ranks = cluster::describe(file.as_ref(), ranks, &cluster::probe_local()?)?;
+    let devices: Vec<Device> = ranks
+        .iter()
+        .map(|rank| rank.plan_device(options.model.memory_limit))
+        .collect();
     let wire_dtype = WireDtype::F32;
     let plan = plan::plan(&PlanRequest {
         shape: &files.shape(wire_dtype),
-        devices: &cluster::devices(&profiles, file.as_ref(), options.model.memory_limit)?,
+        devices: &devices,
         strategy: options.model.strategy(),
         context_tokens: session::context_tokens(options.model.context, &files)?,
         sequences: session::SEQUENCES,
@@ -50,25 +53,6 @@ fn find_model(options: &PlanOptions, file: Option<&ClusterFile>) -> Result<PathB
             "the model {id} is not in the Hugging Face cache of this host; a plan needs its config.json and \
              the headers of its weights"
         ),
-    }
-}
-
-/// The ranks to plan for: as many as asked for, those of the cluster file, or this machine alone.
-fn profiles(options: &PlanOptions, file: Option<&ClusterFile>) -> Vec<DeviceProfile> {
-    let here = cluster::probe_local("cpu");
-    let named = file.map_or(Vec::new(), |file| file.profiles(&here));
-    match options.ranks {
-        Some(count) => named
-            .into_iter()
-            .chain((0..).map(|rank| DeviceProfile {
-                // Machines like this one, not more ranks on this one.
-                hostname: format!("host{rank}"),
-                ..here.clone()
-            }))
-            .take(count as usize)
-            .collect(),
-        None if named.is_empty() => vec![here],
-        None => named,
     }
 }
 

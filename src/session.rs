@@ -7,7 +7,7 @@ use crate::cluster::{self, ClusterFile, DeviceProfile};
 use crate::hub::{self, Found};
 use crate::model::ModelFiles;
 use crate::pipeline::Worker;
-use crate::plan::{self, Plan, PlanRequest, WireDtype};
+use crate::plan::{self, Device, Plan, PlanRequest, WireDtype};
 use crate::progress::Progress;
 use crate::prompts::{self, Prompts};
 use crate::report::{self, RankReport, Report};
@@ -99,16 +99,30 @@ fn generate(
 
 /// What the ranks know of each other before they look at a model.
 struct Cluster {
-    profiles: Vec<DeviceProfile>,
+    ranks: Vec<Place>,
     file: Option<ClusterFile>,
     model: String,
+}
+
+/// Where a rank runs.
+#[derive(Serialize, Deserialize)]
+struct Place {
+    profile: DeviceProfile,
+    /// `cpu` or `gpu`: what its arrays are computed on.
+    device: String,
+}
+
+impl Place {
+    fn host(&self) -> &str {
+        &self.profile.hostname
+    }
 }
 
 /// What a rank tells the others first.
 #[derive(Serialize, Deserialize)]
 struct Introduction {
     version: String,
-    profile: DeviceProfile,
+    place: Place,
     /// Text of the cluster file and the model asked for; those of rank 0 count.
     cluster_file: Option<String>,
     model: Option<String>,
@@ -118,7 +132,7 @@ impl Cluster {
     fn meet(options: &RunOptions, transport: &mut MpiTransport) -> Result<Self, Failure> {
         let local = introduce(options, transport.rank());
         let all = agree::gather(transport, local)?;
-        let hosts = all.iter().map(|other| other.profile.hostname.as_str());
+        let hosts = all.iter().map(|other| other.place.host());
         let versions = all.iter().map(|other| other.version.as_str());
         agree::same_on_all(
             "version of mlx-pipe",
@@ -128,7 +142,7 @@ impl Cluster {
         let text = all.first().and_then(|first| first.cluster_file.as_deref());
         let file = match (text, &options.model.cluster) {
             (Some(text), Some(path)) => Some(
-                ClusterFile::parse(text, path)
+                ClusterFile::parse(path, text)
                     .map_err(|error| Failure::of_all(error).as_usage())?,
             ),
             _ => None,
@@ -139,7 +153,7 @@ impl Cluster {
             .or(named)
             .ok_or_else(|| Failure::of_all(anyhow!(NO_MODEL)).as_usage())?;
         Ok(Self {
-            profiles: all.into_iter().map(|other| other.profile).collect(),
+            ranks: all.into_iter().map(|other| other.place).collect(),
             file,
             model,
         })
@@ -147,7 +161,7 @@ impl Cluster {
 
     /// Activations travel in what all ranks can compute in: f32 as soon as one of them is a CPU.
     fn wire_dtype(&self, files: &ModelFiles) -> WireDtype {
-        match self.profiles.iter().all(|profile| profile.device == "gpu") {
+        match self.ranks.iter().all(|place| place.device == "gpu") {
             true => files.native_dtype(),
             false => WireDtype::F32,
         }
@@ -155,7 +169,10 @@ impl Cluster {
 }
 
 fn introduce(options: &RunOptions, rank: usize) -> Result<Introduction> {
-    let profile = cluster::probe_local(stage::device_kind()?);
+    let place = Place {
+        profile: cluster::probe_local()?,
+        device: stage::device_kind()?.to_owned(),
+    };
     let cluster_file = match &options.model.cluster {
         Some(path) if rank == 0 => Some(
             std::fs::read_to_string(path)
@@ -168,7 +185,7 @@ fn introduce(options: &RunOptions, rank: usize) -> Result<Introduction> {
             "{} (protocol {PROTOCOL_VERSION})",
             env!("CARGO_PKG_VERSION")
         ),
-        profile,
+        place,
         cluster_file,
         model: options.model.model.clone(),
     })
@@ -177,7 +194,7 @@ fn introduce(options: &RunOptions, rank: usize) -> Result<Introduction> {
 /// Finds the model on every host; where it is missing, the first rank of the host downloads it.
 fn open_model(cluster: &Cluster, transport: &mut MpiTransport) -> Result<ModelFiles, Failure> {
     let rank = transport.rank();
-    let host = |rank: usize| &cluster.profiles[rank].hostname;
+    let host = |rank: usize| cluster.ranks[rank].host();
     let is_first_on_host = (0..rank).all(|other| host(other) != host(rank));
     let found = hub::find(&cluster.model).and_then(|found| match found {
         Found::NotCached(id) if is_first_on_host => {
@@ -220,12 +237,17 @@ fn resolve_again(here: Option<PathBuf>, model: &str) -> Result<PathBuf> {
 
 fn make_plan(options: &RunOptions, cluster: &Cluster, files: &ModelFiles) -> Result<Plan, Failure> {
     let wire_dtype = cluster.wire_dtype(files);
-    let devices = cluster::devices(
-        &cluster.profiles,
-        cluster.file.as_ref(),
-        options.model.memory_limit,
-    )
-    .map_err(|error| Failure::of_all(error).as_usage())?;
+    let gathered: Vec<DeviceProfile> = cluster
+        .ranks
+        .iter()
+        .map(|place| place.profile.clone())
+        .collect();
+    let assigned = cluster::assign(cluster.file.as_ref(), &gathered)
+        .map_err(|error| Failure::of_all(error).as_usage())?;
+    let devices: Vec<Device> = assigned
+        .iter()
+        .map(|rank| rank.plan_device(options.model.memory_limit))
+        .collect();
     let context_tokens = context_tokens(options.model.context, files)
         .map_err(|error| Failure::of_all(error).as_usage())?;
     plan::plan(&PlanRequest {
@@ -271,7 +293,7 @@ fn compare(
         plan: plan.fingerprint_hex(),
     };
     let all = agree::gather(transport, Ok(local))?;
-    let host = |rank: usize| cluster.profiles[rank].hostname.as_str();
+    let host = |rank: usize| cluster.ranks[rank].host();
     let each = |field: fn(&Fingerprints) -> &String| {
         all.iter()
             .enumerate()
@@ -312,7 +334,7 @@ fn load(
         )
         .into());
     }
-    let profile = &cluster.profiles[rank];
+    let place = &cluster.ranks[rank];
     let load_s = started.elapsed().as_secs_f64();
     info!(
         tensors = consumed.tensors,
@@ -323,8 +345,8 @@ fn load(
         part.layers.end - 1
     );
     let report = RankReport {
-        host: profile.hostname.clone(),
-        device: profile.device.clone(),
+        host: place.host().to_owned(),
+        device: place.device.clone(),
         loaded_bytes: consumed.bytes,
         load_s,
         ..RankReport::default()

@@ -261,24 +261,80 @@ fn interrupting_the_launcher_leaves_no_orphans() {
     }
 }
 
-#[test]
-fn a_rank_that_fails_while_loading_is_named_and_ends_the_job() {
-    // One tensor of the last layer lies in a file that only the last rank maps; it is cut short after
-    // the headers were read, which only `take` can notice. A directory in the place of the second
-    // file does it without a race: the header is read through a name that is swapped by then.
-    let golden = golden("llama-untied-4bit-two-files");
-    let scratch = tempfile::tempdir().unwrap();
+/// A copy of a golden checkpoint whose layer 5 lies in a second file; returns that file.
+fn split_off_last_layer(golden: &common::Golden, dir: &std::path::Path) -> std::path::PathBuf {
     for entry in std::fs::read_dir(&golden.dir).unwrap() {
         let path = entry.unwrap().path();
-        std::fs::copy(&path, scratch.path().join(path.file_name().unwrap())).unwrap();
+        if path
+            .file_name()
+            .unwrap()
+            .to_string_lossy()
+            .ends_with("config.json")
+        {
+            std::fs::copy(&path, dir.join(path.file_name().unwrap())).unwrap();
+        }
     }
-    let mut command = mpirun(3);
-    command
-        .arg("--model")
-        .arg(scratch.path())
-        .env("MLX_PIPE_TEST_FAIL_LOADING", "2");
-    let ran = run(&mut command, golden_requests(&golden).as_bytes());
+    let bytes = std::fs::read(golden.dir.join("model.safetensors")).unwrap();
+    let file = safetensors::SafeTensors::deserialize(&bytes).unwrap();
+    let (last, rest): (Vec<_>, Vec<_>) = file
+        .tensors()
+        .into_iter()
+        .partition(|(name, _)| name.starts_with("model.layers.5."));
+    let mut weight_map = serde_json::Map::new();
+    for (name, tensors) in [("rest.safetensors", rest), ("last.safetensors", last)] {
+        for (tensor, _) in &tensors {
+            weight_map.insert(tensor.clone(), name.into());
+        }
+        safetensors::serialize_to_file(tensors, None, &dir.join(name)).unwrap();
+    }
+    let index = serde_json::json!({ "weight_map": weight_map }).to_string();
+    std::fs::write(dir.join("model.safetensors.index.json"), index).unwrap();
+    dir.join("last.safetensors")
+}
+
+#[test]
+fn a_rank_that_fails_while_loading_is_named_and_ends_the_job() {
+    let golden = golden("qwen3-tied-8bit");
+    let scratch = tempfile::tempdir().unwrap();
+    let last = split_off_last_layer(&golden, scratch.path());
+    let command = || {
+        let mut command = mpirun(3);
+        command
+            .arg("--model")
+            .arg(scratch.path())
+            .args(["--layers", "0-1,2-4,5-5"]);
+        command
+    };
+    let requests = golden_requests(&golden);
+    run(&mut command(), requests.as_bytes()).succeeded();
+
+    // A file that keeps changing after its header was read; only rank 2 has tensors in it.
+    let done = std::sync::Arc::new(std::sync::atomic::AtomicBool::new(false));
+    let toucher = std::thread::spawn({
+        let (done, file) = (done.clone(), std::fs::File::open(&last).unwrap());
+        move || {
+            while !done.load(std::sync::atomic::Ordering::Relaxed) {
+                file.set_modified(std::time::SystemTime::now()).unwrap();
+                std::thread::sleep(Duration::from_millis(1));
+            }
+        }
+    });
+    let ran = run(&mut command(), requests.as_bytes());
+    done.store(true, std::sync::atomic::Ordering::Relaxed);
+    toucher.join().unwrap();
     assert_eq!(ran.status, 1, "{}", ran.stderr);
     assert!(ran.took < GONE_WITHIN, "took {:?}", ran.took);
-    assert!(ran.stderr.contains("rank 2 on "), "{}", ran.stderr);
+    assert!(
+        ran.stderr.contains("mlx-pipe: rank 2 on "),
+        "{}",
+        ran.stderr
+    );
+    assert!(ran.stderr.contains("loading layers 5-5"), "{}", ran.stderr);
+    assert!(ran.stderr.contains("last.safetensors"), "{}", ran.stderr);
+    assert_eq!(
+        ran.stderr.matches("mlx-pipe: rank").count(),
+        1,
+        "{}",
+        ran.stderr
+    );
 }

@@ -3,6 +3,9 @@
 //! Separate from `tensors.rs` (what must be in the file for such a network) and `config.rs` (how a checkpoint says
 //! the same). All numbers are checked here, so that products of them further on cannot overflow.
 
+use std::cell::RefCell;
+use std::collections::HashSet;
+
 use super::ModelError;
 use super::gguf::{Gguf, Metadata, required};
 use super::rope::{self, RopeScaling};
@@ -11,6 +14,14 @@ use super::rope::{self, RopeScaling};
 const SIZE_MAX: usize = 1 << 21;
 /// The base of the rotary frequencies when the file names none, as in llama.cpp.
 const ROPE_THETA_DEFAULT: f32 = 10_000.0;
+
+/// Keys that change nothing in the networks imported here.
+const WITHOUT_EFFECT: [&str; 4] = [
+    "expert_used_count",
+    "rope.scaling.finetuned",
+    "rope.scaling.original_context_length",
+    "tensor_data_layout",
+];
 
 /// The architectures that are imported; the same names in GGUF's `general.architecture` and MLX's `model_type`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -79,6 +90,8 @@ pub struct Architecture {
     pub attention_bias: bool,
     /// gate, up and down have biases.
     pub mlp_bias: bool,
+    /// Metadata keys of the architecture that nothing here asks for, sorted: what they say gets lost.
+    pub unread_keys: Vec<String>,
 }
 
 impl Architecture {
@@ -92,6 +105,7 @@ impl Architecture {
         let keys = Keys {
             metadata: &gguf.metadata,
             family,
+            asked: RefCell::default(),
         };
         reject_what_config_cannot_say(&keys)?;
         let hidden_size = keys.size("embedding_length")?;
@@ -115,6 +129,7 @@ impl Architecture {
             tied: gguf.tensor("output.weight").is_none(),
             attention_bias: family == Family::Llama && gguf.tensor("blk.0.attn_q.bias").is_some(),
             mlp_bias: family == Family::Llama && gguf.tensor("blk.0.ffn_gate.bias").is_some(),
+            unread_keys: Vec::new(),
         };
         if head_count % kv_head_count != 0 {
             let expected = format!("a divisor of attention.head_count ({head_count})");
@@ -128,6 +143,7 @@ impl Architecture {
         let rope_scaling = rope::read(gguf, &architecture, &keys)?;
         Ok(Architecture {
             rope_scaling,
+            unread_keys: keys.unread(),
             ..architecture
         })
     }
@@ -159,12 +175,30 @@ fn family(metadata: &Metadata<'_>) -> Result<Family, ModelError> {
 pub struct Keys<'m, 'a> {
     metadata: &'m Metadata<'a>,
     family: Family,
+    asked: RefCell<HashSet<String>>,
 }
 
 impl Keys<'_, '_> {
-    /// The whole key.
-    pub fn full(&self, key: &str) -> String {
-        format!("{}.{key}", self.family.name())
+    /// The whole key, which counts as read from now on.
+    fn full(&self, key: &str) -> String {
+        let full = format!("{}.{key}", self.family.name());
+        self.asked.borrow_mut().insert(full.clone());
+        full
+    }
+
+    /// The architecture's keys that were never asked for, sorted.
+    fn unread(&self) -> Vec<String> {
+        let prefix = self.full("");
+        let asked = self.asked.borrow();
+        let mut unread: Vec<String> = self
+            .metadata
+            .keys()
+            .filter(|key| key.starts_with(&prefix) && !asked.contains(*key))
+            .filter(|key| !WITHOUT_EFFECT.contains(&&key[prefix.len()..]))
+            .map(str::to_owned)
+            .collect();
+        unread.sort_unstable();
+        unread
     }
 
     /// The error for a value that cannot be.
@@ -178,8 +212,7 @@ impl Keys<'_, '_> {
 
     /// Whether there is such a key.
     pub fn has(&self, key: &str) -> bool {
-        let full = self.full(key);
-        self.metadata.keys().any(|key| key == full)
+        self.metadata.has(&self.full(key))
     }
 
     /// A string.

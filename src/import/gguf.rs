@@ -303,6 +303,11 @@ pub fn required<T>(key: &str, value: Option<T>) -> Result<T, GgufError> {
 
 /// Each getter returns `None` for a key that is not there and [`GgufError::WrongType`] for a value of another kind.
 impl<'a> Metadata<'a> {
+    /// Whether there is such a key.
+    pub fn has(&self, key: &str) -> bool {
+        self.pairs.contains_key(key)
+    }
+
     /// All keys, in no order.
     pub fn keys(&self) -> impl Iterator<Item = &'a str> {
         self.pairs.keys().copied()

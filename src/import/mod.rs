@@ -125,13 +125,19 @@ impl<'a> Checkpoint<'a> {
         config::config(&self.architecture, &self.tensors, &self.vocabulary.ids)
     }
 
+    fn warnings(&self) -> Vec<String> {
+        let unread = self.architecture.unread_keys.iter();
+        let unread = unread.map(|key| format!("metadata key {key} is not known and not imported"));
+        unread.chain(self.vocabulary.warnings.clone()).collect()
+    }
+
     fn summary(&self, bytes: u64) -> Summary {
         Summary {
             architecture: self.architecture.family.name(),
             layers: self.architecture.layer_count,
             tensors: self.tensors.outputs.len(),
             bytes,
-            warnings: self.vocabulary.warnings.clone(),
+            warnings: self.warnings(),
         }
     }
 }

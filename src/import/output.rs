@@ -102,21 +102,26 @@ impl OutputDir {
         self.share_weights()?;
         for name in &self.written {
             let path = self.stage.join(name);
-            File::open(&path)
-                .and_then(|file| file.sync_all())
-                .map_err(|cause| write_error(&path, cause))?;
+            sync(&path).map_err(|cause| write_error(&path, cause))?;
         }
         for (moved, name) in self.written.iter().enumerate() {
-            let target = self.dir.join(name);
-            if let Err(cause) = fs::rename(self.stage.join(name), &target) {
-                for name in &self.written[..moved] {
+            if let Err(error) = self.move_into_place(name) {
+                for name in self.written[..=moved].iter().rev() {
                     let _ = fs::remove_file(self.dir.join(name));
                 }
-                return Err(write_error(&target, cause));
+                return Err(error);
             }
         }
         self.created = false;
         Ok(())
+    }
+
+    /// Moves one file, and has the directory on the disk before the next one, so that the order survives a power cut.
+    fn move_into_place(&self, name: &str) -> Result<(), ImportError> {
+        let target = self.dir.join(name);
+        fs::rename(self.stage.join(name), &target)
+            .and_then(|()| sync(&self.dir))
+            .map_err(|cause| write_error(&target, cause))
     }
 
     /// The safetensors crate makes its file readable by the owner alone; gives it the permissions of the others.
@@ -135,6 +140,21 @@ impl Drop for OutputDir {
             // Only if nothing else is in it.
             let _ = fs::remove_dir(&self.dir);
         }
+    }
+}
+
+/// Waits until a file, or a directory's list of files, is on the disk. A file system that has no such thing is fine.
+fn sync(path: &Path) -> io::Result<()> {
+    match File::open(path)?.sync_all() {
+        Err(cause)
+            if matches!(
+                cause.kind(),
+                io::ErrorKind::Unsupported | io::ErrorKind::InvalidInput
+            ) =>
+        {
+            Ok(())
+        }
+        result => result,
     }
 }
 

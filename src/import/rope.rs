@@ -125,7 +125,7 @@ fn divisors(tensor: &Tensor<'_>, count: usize) -> Result<Vec<f64>, ModelError> {
 /// The scaling that gives these divisors for rotary base `theta`.
 ///
 /// # Errors
-/// None does.
+/// No parameters do.
 pub fn recover(divisors: &[f64], theta: f64) -> Result<Option<RopeScaling>, ModelError> {
     let factor = divisors.iter().copied().fold(1.0, f64::max);
     if factor == 1.0 {

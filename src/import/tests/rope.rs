@@ -121,10 +121,14 @@ fn divisors_of_one_mean_no_scaling_and_equal_ones_linear_scaling() {
 
 #[test]
 fn divisors_without_parameters_name_the_tensor() {
-    let mut divisors = converter_divisors(PUBLISHED, 500_000.0, 128);
-    divisors[20] *= 1.001;
-    let text = recover(&divisors, 500_000.0).map_err(|error| error.to_string());
-    assert!(text.is_err_and(|text| text.contains("rope_freqs.weight")));
+    let published = converter_divisors(PUBLISHED, 500_000.0, 128);
+    for index in 0..published.len() {
+        let mut divisors = published.clone();
+        divisors[index] *= 1.001;
+        let text = recover(&divisors, 500_000.0).map_err(|error| error.to_string());
+        let named = text.is_err_and(|text| text.contains("rope_freqs.weight"));
+        assert!(named, "divisor {index} is off and nobody minds");
+    }
     for divisors in [
         vec![0.5; HEAD / 2],
         vec![f32::NAN; HEAD / 2],
@@ -138,6 +142,9 @@ fn divisors_without_parameters_name_the_tensor() {
             "{divisors:?}"
         );
     }
+    let both = with_divisors(&[2.5; HEAD / 2], 1e4).f32("llama.rope.scale_linear", 4.0);
+    let error = rope_scaling(&both).map_err(|error| error.to_string());
+    assert!(error.is_err_and(|text| text.contains("on top of")));
     let half = model("llama").tensor("rope_freqs.weight", &[HEAD / 2], TENSOR_F16, vec![0; HEAD]);
     let error = rope_scaling(&half).map_err(|error| error.to_string());
     assert!(error.is_err_and(|text| text.contains("F32")));

@@ -526,6 +526,19 @@ fn what_config_json_cannot_say_is_refused() {
 }
 
 #[test]
+fn metadata_nobody_asks_for_is_a_warning_and_that_without_effect_is_not() {
+    let model = model("llama")
+        .u32("llama.new_feature", 1)
+        .text("llama.tensor_data_layout", "Meta AI original pth")
+        .u32("other.new_feature", 1);
+    let summary = Case::new(&model)
+        .import()
+        .expect("this model can be imported");
+    let expected = "metadata key llama.new_feature is not known and not imported";
+    assert_eq!(summary.warnings, [expected]);
+}
+
+#[test]
 fn a_part_of_a_split_model_is_refused() {
     assert_refused(&model("llama").u32("split.count", 3), &["3 parts", "merge"]);
     assert!(

@@ -1,0 +1,154 @@
+//! The cut of the program, kept by reading its source: who may name what, and who may know whom.
+
+mod common;
+
+use std::path::{Path, PathBuf};
+
+/// All Rust files under `src`, with their path relative to it and their code (comments taken out).
+fn sources() -> Vec<(String, String)> {
+    let src = common::root().join("src");
+    let mut found = Vec::new();
+    collect(&src, &mut found);
+    assert!(found.len() > 40, "only {} files found", found.len());
+    found
+        .into_iter()
+        .map(|path| {
+            let name = path
+                .strip_prefix(&src)
+                .unwrap()
+                .to_string_lossy()
+                .replace('\\', "/");
+            (name, code(&std::fs::read_to_string(&path).unwrap()))
+        })
+        .collect()
+}
+
+fn collect(dir: &Path, found: &mut Vec<PathBuf>) {
+    for entry in std::fs::read_dir(dir).unwrap() {
+        let path = entry.unwrap().path();
+        if path.is_dir() {
+            collect(&path, found);
+        } else if path.extension().is_some_and(|extension| extension == "rs") {
+            found.push(path);
+        }
+    }
+}
+
+fn code(text: &str) -> String {
+    let lines = text
+        .lines()
+        .filter(|line| !line.trim_start().starts_with("//"));
+    lines.collect::<Vec<_>>().join("\n")
+}
+
+/// Files whose code has one of the `words`, and that are none of the `allowed` (files, or folders with
+/// a slash at the end).
+fn trespassers(words: &[&str], allowed: &[&str]) -> Vec<String> {
+    let is_allowed = |name: &str| {
+        allowed
+            .iter()
+            .any(|place| name == *place || (place.ends_with('/') && name.starts_with(place)))
+    };
+    sources()
+        .into_iter()
+        .filter(|(name, code)| !is_allowed(name) && words.iter().any(|word| code.contains(word)))
+        .map(|(name, _)| name)
+        .collect()
+}
+
+const NONE: Vec<String> = Vec::new();
+
+#[test]
+fn mpi_is_named_in_the_transport_only() {
+    assert_eq!(trespassers(&["mpi::", "use mpi"], &["transport.rs"]), NONE);
+}
+
+#[test]
+fn arrays_are_named_in_the_model_and_the_stage_only() {
+    assert_eq!(
+        trespassers(&["mlx_rs", "mlx_sys"], &["model/", "stage.rs"]),
+        NONE
+    );
+}
+
+#[test]
+fn the_pure_parts_do_no_io_read_no_clock_and_know_no_ranks() {
+    let impure = [
+        "std::fs",
+        "std::io",
+        "std::net",
+        "std::env",
+        "std::process",
+        "std::thread",
+        "Instant",
+        "SystemTime",
+        "crate::transport",
+        "crate::stage",
+        "crate::session",
+        "println!",
+        "eprintln!",
+    ];
+    let pure = [
+        "plan/",
+        "schedule.rs",
+        "wire.rs",
+        "sampler.rs",
+        "sequence.rs",
+    ];
+    let guilty: Vec<String> = sources()
+        .into_iter()
+        .filter(|(name, _)| pure.iter().any(|part| name.starts_with(part)))
+        .filter(|(_, code)| impure.iter().any(|word| code.contains(word)))
+        .map(|(name, _)| name)
+        .collect();
+    assert_eq!(guilty, NONE);
+}
+
+#[test]
+fn weights_are_read_by_the_model_only_and_the_checkpoint_knows_nothing_above_it() {
+    let above = [
+        "crate::model",
+        "crate::stage",
+        "crate::pipeline",
+        "crate::session",
+        "crate::plan",
+    ];
+    let guilty: Vec<String> = sources()
+        .into_iter()
+        .filter(|(name, _)| name.starts_with("checkpoint/"))
+        .filter(|(_, code)| above.iter().any(|word| code.contains(word)))
+        .map(|(name, _)| name)
+        .collect();
+    assert_eq!(guilty, NONE);
+    assert_eq!(
+        trespassers(&[".reader()"], &["checkpoint/", "stage.rs"]),
+        NONE
+    );
+}
+
+#[test]
+fn unsafe_code_stands_in_the_files_that_the_architecture_page_lists() {
+    let page = std::fs::read_to_string(common::root().join("ARCHITECTURE.md")).unwrap();
+    for (name, code) in sources() {
+        let is_unsafe =
+            code.contains("unsafe {") || code.contains("unsafe fn") || code.contains("unsafe impl");
+        if is_unsafe {
+            assert!(
+                page.contains(&name),
+                "src/{name} has unsafe code that ARCHITECTURE.md does not list"
+            );
+        }
+    }
+}
+
+#[test]
+fn standard_output_is_written_by_the_answer_writer_and_the_commands_only() {
+    assert_eq!(
+        trespassers(&[" println!", " print!", "(println!"], &["commands.rs"]),
+        NONE
+    );
+    assert_eq!(
+        trespassers(&["stdout()"], &["session.rs", "progress.rs"]),
+        NONE
+    );
+}
