@@ -82,6 +82,19 @@ pub fn gather<T: Serialize + DeserializeOwned>(
     }
 }
 
+/// This rank's value, once all ranks have succeeded.
+///
+/// # Errors
+/// If any rank failed: the errors of all ranks, known to all.
+pub fn all_succeeded<T>(transport: &mut impl Transport, local: Result<T>) -> Result<T, Failure> {
+    let (value, told) = match local {
+        Ok(value) => (Some(value), Ok(())),
+        Err(error) => (None, Err(error)),
+    };
+    gather(transport, told)?;
+    Ok(value.context("this rank failed, and the others did not hear of it")?)
+}
+
 /// `ranks 0, 2: error`, one line for each different error.
 fn summary(failed: &BTreeMap<String, Vec<usize>>, rank_count: usize) -> anyhow::Error {
     let mut by_rank: Vec<_> = failed.iter().collect();

@@ -7,9 +7,6 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 /// Runs a language model across a few machines, each holding only its own layers.
-///
-/// Reads prompts from standard input, one a line (plain text, or JSON as in the OpenAI API), and writes
-/// the answers to standard output in the same order.
 #[derive(Debug, Parser)]
 #[command(
     version,
@@ -17,7 +14,9 @@ use std::time::Duration;
     override_usage = "mlx-pipe [OPTIONS] < PROMPTS\n       \
                       mpirun -np RANKS [--hostfile FILE] mlx-pipe [OPTIONS] < PROMPTS\n       \
                       mlx-pipe <COMMAND>",
-    after_help = "Exit status: 0 all answered, 1 the run failed, 2 bad usage, 3 some lines failed.",
+    after_help = "Prompts are read from standard input, one a line (plain text, or JSON as in the OpenAI\n\
+                  API); the answers go to standard output in the same order.\n\
+                  Exit status: 0 all answered, 1 the run failed, 2 bad usage, 3 some lines failed.",
     max_term_width = 100
 )]
 pub struct Cli {
@@ -113,7 +112,7 @@ pub struct RunOptions {
     #[arg(long, help_heading = "Input and output")]
     pub raw: bool,
 
-    /// How to write answers
+    /// How to write answers: auto (plain text for plain prompts, JSON for JSON), plain, or jsonl
     #[arg(
         long,
         value_enum,
@@ -157,11 +156,21 @@ pub struct SamplingOptions {
     pub max_tokens: usize,
 
     /// 0 always takes the most likely token
-    #[arg(long, value_name = "T", default_value_t = 0.0)]
+    #[arg(
+        long,
+        value_name = "T",
+        default_value_t = 0.0,
+        allow_negative_numbers = true
+    )]
     pub temperature: f32,
 
     /// Choose from the smallest set of tokens with this much probability; 1 is off
-    #[arg(long, value_name = "P", default_value_t = 1.0)]
+    #[arg(
+        long,
+        value_name = "P",
+        default_value_t = 1.0,
+        allow_negative_numbers = true
+    )]
     pub top_p: f32,
 
     /// Choose from this many of the most likely tokens; 0 is off
@@ -169,11 +178,21 @@ pub struct SamplingOptions {
     pub top_k: u32,
 
     /// Drop tokens with less than this share of the best one's probability; 0 is off
-    #[arg(long, value_name = "P", default_value_t = 0.0)]
+    #[arg(
+        long,
+        value_name = "P",
+        default_value_t = 0.0,
+        allow_negative_numbers = true
+    )]
     pub min_p: f32,
 
     /// Make tokens that stand in the sequence less likely; 1 is off
-    #[arg(long, value_name = "X", default_value_t = 1.0)]
+    #[arg(
+        long,
+        value_name = "X",
+        default_value_t = 1.0,
+        allow_negative_numbers = true
+    )]
     pub repetition_penalty: f32,
 
     /// Key of the random numbers
@@ -203,14 +222,13 @@ impl SamplingOptions {
     }
 }
 
-/// `--format`.
+/// `--format`. The variants have no documentation of their own: clap would print it as a list, which
+/// makes a page of what is a line.
 #[derive(Debug, Clone, Copy, ValueEnum)]
+#[allow(missing_docs)]
 pub enum FormatName {
-    /// Plain text for plain prompts, JSON for JSON
     Auto,
-    /// Only the text of each answer
     Plain,
-    /// One line of JSON for every line
     Jsonl,
 }
 
@@ -240,6 +258,8 @@ pub fn parse() -> Cli {
         if launched_rank() == 0 {
             error.exit();
         }
+        // A launcher kills the others as soon as one rank ends; the first must have spoken by then.
+        std::thread::sleep(Duration::from_secs(1));
         std::process::exit(error.exit_code());
     })
 }
@@ -247,10 +267,19 @@ pub fn parse() -> Cli {
 /// This process's rank as its launcher says it, before MPI is started; 0 without a launcher. Good enough
 /// to print a usage error once.
 pub fn launched_rank() -> usize {
+    rank_of_launcher().unwrap_or(0)
+}
+
+/// Whether a launcher such as `mpirun` started this process.
+pub fn is_launched() -> bool {
+    rank_of_launcher().is_some()
+}
+
+/// What Open MPI, PMIx and MPICH put into a rank's environment.
+fn rank_of_launcher() -> Option<usize> {
     ["OMPI_COMM_WORLD_RANK", "PMIX_RANK", "PMI_RANK"]
         .into_iter()
         .find_map(|name| std::env::var(name).ok()?.parse().ok())
-        .unwrap_or(0)
 }
 
 /// Bytes with an optional decimal unit: `12GB`, `900MB`, `1.5 GB`, `800000000`. GB = 1e9.

@@ -69,7 +69,7 @@ enum Stream {
 /// Whether a person sees what is written there. Open MPI gives ranks a pseudo-terminal or a pipe whatever
 /// its own streams are, so under `mpirun` those of the launcher count (known on Linux only).
 fn reaches_terminal(stream: Stream) -> bool {
-    if std::env::var_os("OMPI_COMM_WORLD_RANK").is_none() {
+    if !crate::cli::is_launched() {
         return match stream {
             Stream::Output => io::stdout().is_terminal(),
             Stream::Error => io::stderr().is_terminal(),

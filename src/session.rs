@@ -2,7 +2,7 @@
 //! and differs only by its place in the plan.
 
 use crate::agree::{self, Failure, KnownTo};
-use crate::cli::RunOptions;
+use crate::cli::{self, RunOptions};
 use crate::cluster::{self, ClusterFile, DeviceProfile};
 use crate::hub::{self, Found};
 use crate::model::ModelFiles;
@@ -68,7 +68,7 @@ fn generate(
         eprint!("{}", plan::plan_table(&plan));
     }
     let (stage, mut report) = load(&cluster, &files, &plan, rank, started)?;
-    agree::gather(transport, Ok(()))?;
+    agree::all_succeeded(transport, Ok(()))?;
 
     let mut worker = Worker::new(&mut *transport, stage);
     let outcome = match rank {
@@ -204,22 +204,9 @@ fn open_model(cluster: &Cluster, transport: &mut MpiTransport) -> Result<ModelFi
         Found::NotCached(_) => Ok(None),
         Found::Here(dir) => Ok(Some(dir)),
     });
-    let (here, told) = match found {
-        Ok(dir) => (dir, Ok(())),
-        Err(error) => (None, Err(error)),
-    };
-    agree::gather(transport, told)?;
+    let here = agree::all_succeeded(transport, found)?;
     let opened = resolve_again(here, &cluster.model).and_then(|dir| ModelFiles::open(&dir));
-    match opened {
-        Ok(files) => {
-            agree::gather(transport, Ok(()))?;
-            Ok(files)
-        }
-        Err(error) => Err(match agree::gather::<()>(transport, Err(error)) {
-            Err(failure) => failure,
-            Ok(_) => anyhow!("a failure of this rank was not heard").into(),
-        }),
-    }
+    agree::all_succeeded(transport, opened)
 }
 
 /// The directory found, or the one that another rank of this host has downloaded meanwhile.
@@ -421,10 +408,8 @@ fn publish(options: &RunOptions, report: &Report) -> Result<()> {
 
 /// Says what went wrong and ends this rank, and if need be the others. Returns the exit status.
 fn end(failure: Failure, rank: usize) -> u8 {
-    let status = match failure.error.downcast_ref::<Interrupted>() {
-        Some(Interrupted(signal)) => 128 + *signal as u8,
-        None => failure.status,
-    };
+    let interrupted = failure.error.downcast_ref::<Interrupted>();
+    let status = interrupted.map_or(failure.status, |by| 128 + by.signal as u8);
     match failure.known_to {
         KnownTo::All => {
             if rank == 0 {
@@ -434,9 +419,12 @@ fn end(failure: Failure, rank: usize) -> u8 {
             status
         }
         KnownTo::ThisRank => {
-            let closed = failure.error.downcast_ref::<WriteError>();
-            // Nobody reads the output any more, as with `| head`: nothing to tell.
-            if !matches!(closed, Some(WriteError::Closed { .. })) {
+            let written = failure.error.downcast_ref::<WriteError>();
+            // Nobody reads the output any more, as with `| head`; or the launcher ends the job, and has
+            // said why.
+            let is_known = matches!(written, Some(WriteError::Closed { .. }))
+                || (cli::is_launched() && interrupted.is_some_and(|by| by.from_parent));
+            if !is_known {
                 eprintln!(
                     "mlx-pipe: rank {rank} on {}: {:#}",
                     MpiTransport::host(),

@@ -16,28 +16,38 @@ const LONGEST_IDLE_PAUSE: Duration = Duration::from_millis(5);
 /// When a wait counts as idle.
 const IDLE_AFTER: Duration = Duration::from_millis(500);
 
-/// The signal that asked this process to end; 0 for none. Set by signal handlers.
+/// The signal that asked this process to end; 0 for none. Set by the signal handler.
 static SIGNAL: AtomicUsize = AtomicUsize::new(0);
-/// Set once a signal came, so that a second one ends the process at once.
-static SIGNALLED: AtomicBool = AtomicBool::new(false);
+/// Whether it was sent by the parent process, which under `mpirun` is the launcher.
+static FROM_PARENT: AtomicBool = AtomicBool::new(false);
 
 /// This process was asked to end.
 #[derive(Debug, thiserror::Error)]
-#[error("ended by signal {0}")]
-pub struct Interrupted(pub usize);
+#[error("ended by signal {signal}")]
+pub struct Interrupted {
+    /// The signal.
+    pub signal: usize,
+    /// The parent process sent it: under `mpirun`, the launcher, which is ending the job and says why
+    /// itself.
+    pub from_parent: bool,
+}
 
-/// Makes Ctrl-C and SIGTERM end every wait with [`Interrupted`]; the second one ends the process.
+/// Makes Ctrl-C, SIGTERM and SIGHUP end every wait with [`Interrupted`]; a second one ends the process.
+///
+/// # Errors
+/// The system refuses a handler.
 pub fn end_on_signals() -> Result<()> {
     use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
     for signal in [SIGINT, SIGTERM, SIGHUP] {
-        // SAFETY: the handler stores to atomics, and on the second signal calls `_exit`, all of which
-        // are async-signal-safe.
+        // SAFETY: the handler calls `getppid`, stores to atomics, and on a second signal calls `_exit`,
+        // all of which are async-signal-safe; `si_pid` is set for signals that processes send, and for
+        // others it is read as whatever number stands there.
         unsafe {
-            signal_hook::low_level::register(signal, move || {
-                if SIGNALLED.swap(true, Ordering::SeqCst) {
+            signal_hook_registry::register_sigaction(signal, move |info| {
+                FROM_PARENT.store(info.si_pid() == libc::getppid(), Ordering::SeqCst);
+                if SIGNAL.swap(signal as usize, Ordering::SeqCst) != 0 {
                     signal_hook::low_level::exit(128 + signal);
                 }
-                SIGNAL.store(signal as usize, Ordering::SeqCst);
             })?;
         }
     }
@@ -45,10 +55,16 @@ pub fn end_on_signals() -> Result<()> {
 }
 
 /// An error if a signal asked this process to end.
+///
+/// # Errors
+/// [`Interrupted`].
 pub fn check_signals() -> Result<(), Interrupted> {
-    match SIGNAL.load(Ordering::Relaxed) {
+    match SIGNAL.load(Ordering::SeqCst) {
         0 => Ok(()),
-        signal => Err(Interrupted(signal)),
+        signal => Err(Interrupted {
+            signal,
+            from_parent: FROM_PARENT.load(Ordering::SeqCst),
+        }),
     }
 }
 

@@ -52,6 +52,9 @@ impl Cuts {
         for rank in 1..self.ranks {
             let cover = |end| self.extend(end, &worst, |range| score(rank, range));
             worst = (0..=self.layers).map(cover).collect();
+            if worst.iter().all(Option::is_none) {
+                return None;
+            }
         }
         worst[self.layers]
     }

@@ -7,7 +7,7 @@ use std::fmt;
 use std::ops::Range;
 
 use super::footprint::Ledger;
-use super::strategy::least_lack_bytes;
+use super::strategy::can_fit;
 use super::table::{Align, Table, gigabytes, printable};
 use super::{Device, PlanRequest, Strategy};
 
@@ -98,15 +98,15 @@ impl Shortfall {
             lines.push("--strategy balanced fits on these hosts".to_owned());
         }
         if let Some(sequences) = self.max_sequences {
-            let context_tokens = self.context_tokens;
             lines.push(format!(
-                "{sequences} sequences at once, at --context {context_tokens}"
+                "sequences {sequences} with --context {}",
+                self.context_tokens
             ));
         }
         if let Some(context_tokens) = self.max_context_tokens {
-            let sequences = self.sequences;
             lines.push(format!(
-                "--context {context_tokens}, with {sequences} sequences at once"
+                "--context {context_tokens} with sequences {}",
+                self.sequences
             ));
         }
         if let Some(hosts) = self.host_count {
@@ -126,18 +126,19 @@ impl fmt::Display for Shortfall {
             .iter()
             .filter(|rank| rank.lack_bytes() > 0)
             .count();
-        let Self {
-            strategy,
-            context_tokens,
-            sequences,
-            ..
-        } = self;
+        let (ranks, context_tokens, sequences) =
+            (self.ranks.len(), self.context_tokens, self.sequences);
+        let cut = match &self.strategy {
+            Strategy::Manual(ranges) => format!("cut by hand: --layers {ranges}"),
+            strategy => format!("`{strategy}` finds no cut that fits; the nearest one:"),
+        };
         writeln!(
             f,
-            "the model does not fit: {over} of {} ranks over the memory limit, however `{strategy}` \
-             cuts\n(context {context_tokens}, {sequences} sequences; GB = 1e9 bytes; the nearest \
-             cut:)\n",
-            self.ranks.len(),
+            "the model does not fit: {over} of {ranks} ranks over their memory limit"
+        )?;
+        writeln!(
+            f,
+            "context {context_tokens}, sequences {sequences}; GB = 1e9 bytes\n{cut}\n"
         )?;
         write!(f, "{}", self.table())?;
         let remedies = self.remedies();
@@ -186,7 +187,7 @@ impl Shortfall {
 /// Whether some cut of the request's strategy keeps every rank within its limit.
 fn fits(request: &PlanRequest<'_>) -> bool {
     let ledger = Ledger::new(request);
-    ledger.is_ok_and(|ledger| least_lack_bytes(&request.strategy, &ledger) == Some(0))
+    ledger.is_ok_and(|ledger| can_fit(&request.strategy, &ledger))
 }
 
 /// The largest number from 1 to `at_most` that holds; what holds for a number holds for all

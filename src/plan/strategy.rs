@@ -6,7 +6,7 @@
 //! avoid it, and when nothing fits, the cut returned is the one that comes nearest.
 
 use std::fmt;
-use std::ops::{Range, RangeInclusive};
+use std::ops::Range;
 use std::str::FromStr;
 
 use super::balance::{Cuts, Tie};
@@ -196,36 +196,39 @@ pub(super) fn cut(
     Ok((strategy.clone(), ranges))
 }
 
-/// The smallest lack of the rank that lacks most, over all cuts that the strategy may make: 0 if
-/// one of them fits. `None` if the strategy cannot cut at all, that is, for wrong ranges by hand.
-pub(super) fn least_lack_bytes(strategy: &Strategy, ledger: &Ledger<'_>) -> Option<u64> {
+/// Whether some cut that the strategy may make keeps every rank within its limit.
+pub(super) fn can_fit(strategy: &Strategy, ledger: &Ledger<'_>) -> bool {
     match strategy {
         Strategy::Manual(LayerRanges(ranges)) => {
-            check_cover(ranges, ledger.rank_count(), ledger.layer_count()).ok()?;
-            ledger.worst_lack_bytes(ranges)
+            let covers = check_cover(ranges, ledger.rank_count(), ledger.layer_count()).is_ok();
+            covers && ledger.fits(ranges)
         }
         _ => {
-            let cuts = cuts(counts(strategy, ledger), ledger);
-            cuts.least_worst(|rank, layers| Some(ledger.lack_bytes(rank, layers)))
+            let fits = |rank, layers: &_| ledger.lack_bytes(rank, layers) == 0;
+            let cuts = cuts(strategy, ledger);
+            cuts.least_worst(|rank, layers| fits(rank, layers).then_some(()))
+                .is_some()
         }
     }
 }
 
-/// Layers that a rank may get under `strategy`.
-fn counts(strategy: &Strategy, ledger: &Ledger<'_>) -> RangeInclusive<usize> {
+/// All cuts that the strategy may make.
+fn cuts(strategy: &Strategy, ledger: &Ledger<'_>) -> Cuts {
     let (layers, ranks) = (ledger.layer_count(), ledger.rank_count());
-    match strategy {
+    let counts = match strategy {
         Strategy::Uniform => layers / ranks..=layers.div_ceil(ranks),
         _ => 1..=layers + 1 - ranks,
+    };
+    Cuts {
+        layers,
+        ranks,
+        counts,
     }
 }
 
-fn cuts(counts: RangeInclusive<usize>, ledger: &Ledger<'_>) -> Cuts {
-    Cuts {
-        layers: ledger.layer_count(),
-        ranks: ledger.rank_count(),
-        counts,
-    }
+/// The smallest lack of the rank that lacks most, over all `cuts`: 0 if one of them fits.
+fn least_lack_bytes(cuts: &Cuts, ledger: &Ledger<'_>) -> Option<u64> {
+    cuts.least_worst(|rank, layers| Some(ledger.lack_bytes(rank, layers)))
 }
 
 fn automatic(strategy: &Strategy, ledger: &Ledger<'_>) -> Vec<Range<usize>> {
@@ -242,8 +245,8 @@ fn automatic(strategy: &Strategy, ledger: &Ledger<'_>) -> Vec<Range<usize>> {
 /// Three exact searches, each among the cuts that are best for the ones before: memory, the
 /// slowest stage, the fullest rank. What is still equal then is decided by the smallest ends.
 fn balanced(ledger: &Ledger<'_>) -> Vec<Range<usize>> {
-    let cuts = cuts(counts(&Strategy::Balanced, ledger), ledger);
-    let lack = cuts.least_worst(|rank, layers| Some(ledger.lack_bytes(rank, layers)));
+    let cuts = cuts(&Strategy::Balanced, ledger);
+    let lack = least_lack_bytes(&cuts, ledger);
     let fits = |rank, layers: &_| Some(ledger.lack_bytes(rank, layers)) <= lack;
 
     let time =
@@ -279,13 +282,13 @@ fn nearest_to_quotas(
     let quota = |weight: &u64| ((u128::from(*weight) * layers) << FRACTION_BITS) / whole;
     let quotas: Vec<u128> = weights.iter().map(quota).collect();
 
-    let lack = least_lack_bytes(strategy, ledger);
-    let ranges =
-        cuts(counts(strategy, ledger), ledger).least_sum(Tie::MostFirst, |rank, layers| {
-            let count = (layers.len() as u128) << FRACTION_BITS;
-            let fits = Some(ledger.lack_bytes(rank, layers)) <= lack;
-            fits.then(|| count.abs_diff(quotas[rank]).pow(2))
-        });
+    let cuts = cuts(strategy, ledger);
+    let lack = least_lack_bytes(&cuts, ledger);
+    let ranges = cuts.least_sum(Tie::MostFirst, |rank, layers| {
+        let count = (layers.len() as u128) << FRACTION_BITS;
+        let fits = Some(ledger.lack_bytes(rank, layers)) <= lack;
+        fits.then(|| count.abs_diff(quotas[rank]).pow(2))
+    });
     ranges.expect("ranks <= layers, so a cut exists, and the lack comes from one that exists")
 }
 

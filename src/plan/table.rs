@@ -14,10 +14,15 @@ const GAP: usize = 2;
 /// The column that is shortened when a line gets too long.
 const ELASTIC: &str = "host";
 
-/// Bytes in GB (1e9 bytes) with three decimals, rounded half up.
+/// Bytes in GB (1e9 bytes), rounded half up: three decimals, none from 1000 GB on.
 pub(super) fn gigabytes(bytes: u64) -> String {
-    let megabytes = bytes / 1_000_000 + u64::from(bytes % 1_000_000 >= 500_000);
-    format!("{}.{:03}", megabytes / 1000, megabytes % 1000)
+    let rounded = |unit: u64| bytes / unit + u64::from(bytes % unit >= unit / 2);
+    match rounded(1_000_000) {
+        megabytes if megabytes < 1_000_000 => {
+            format!("{}.{:03}", megabytes / 1000, megabytes % 1000)
+        }
+        _ => rounded(1_000_000_000).to_string(),
+    }
 }
 
 /// `text` with control characters replaced: names come from files and other hosts.
@@ -149,7 +154,7 @@ fn heading(plan: &Plan) -> String {
         false => format!("{} (chose {})", plan.strategy, plan.chosen),
     };
     format!(
-        "plan {}: {strategy}, context {} x {} sequences, wire {}\n\
+        "plan {}: {strategy}, context {}, sequences {}, wire {}\n\
          sizes in GB = 1e9 bytes; step = busy share of a full pipeline's step\n",
         &plan.fingerprint_hex()[..12],
         plan.context_tokens,

@@ -609,7 +609,10 @@ fn validation_notices_a_plan_that_was_tampered_with() {
 fn the_fingerprint_is_the_same_on_every_machine() {
     let (shape, devices) = (qwen3(), minis(3));
     let plan = plan(&request(&shape, &devices, Strategy::Balanced)).unwrap();
-    assert_eq!(plan.fingerprint_hex(), "GOLDEN");
+    assert_eq!(
+        plan.fingerprint_hex(),
+        "fe3024196abc15615b4d53c9da3fb8d0b3988eb4c4cdd1bc68655f8ba53c4028"
+    );
 }
 
 #[test]
@@ -677,8 +680,27 @@ fn the_json_has_the_fields_of_the_report() {
 fn the_plan_table_reads_as_intended() {
     let (shape, devices) = (qwen3(), minis(3));
     let plan = plan(&request(&shape, &devices, Strategy::Balanced)).unwrap();
-    assert_eq!(plan_table(&plan), "PLAN");
-    assert_eq!(memory_table(&plan), "MEMORY");
+    let expected = "\
+plan fe3024196abc: balanced, context 4096, sequences 1, wire f32
+sizes in GB = 1e9 bytes; step = busy share of a full pipeline's step
+rank  host         layers      owns        weights     KV  total   limit   step
+   0  mini1.local  0-10    11  embedding     0.919  0.369  1.288  12.000   92 %
+   1  mini2.local  11-22   12                0.642  0.403  1.044  12.000  100 %
+   2  mini3.local  23-27    5  norm, head    0.598  0.168  0.766  12.000   93 %
+      all                  28                2.159  0.940  3.098
+balance 95 %; one model 1.828 GB, 3 full copies 5.485 GB
+memory saved against a full copy on every rank: 3.326 GB (60.6 %)
+";
+    assert_eq!(plan_table(&plan), expected);
+    let expected = "\
+memory by component in GB
+rank  host         layers  embedding  norm + head     KV  total
+   0  mini1.local   0.588      0.331        0.000  0.369  1.288
+   1  mini2.local   0.642      0.000        0.000  0.403  1.044
+   2  mini3.local   0.267      0.000        0.331  0.168  0.766
+      all           1.498      0.331        0.331  0.940  3.098
+";
+    assert_eq!(memory_table(&plan), expected);
 }
 
 #[test]
@@ -730,7 +752,20 @@ fn what_does_not_fit_is_explained_with_what_would() {
         ..request(&shape, &devices, Strategy::Balanced)
     };
     let error = plan(&request).unwrap_err();
-    assert_eq!(error.to_string(), "SHORTFALL");
+    let expected = "\
+the model does not fit: 3 of 3 ranks over their memory limit
+context 8192, sequences 8; GB = 1e9 bytes
+`balanced` finds no cut that fits; the nearest one:
+
+rank  host         layers  needs GB  limit GB  lacks GB
+   0  mini1.local  0-8        5.644     1.000     4.644
+   1  mini2.local  9-18       5.904     1.000     4.904
+   2  mini3.local  19-27      5.644     1.000     4.644
+
+what would fit:
+  - --context 455 with sequences 8
+  - 28 hosts like these instead of 3";
+    assert_eq!(error.to_string(), expected);
 }
 
 #[test]
