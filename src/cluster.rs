@@ -1068,7 +1068,7 @@ mod tests {
     }
 
     #[test]
-    fn the_limit_is_the_recommended_size_or_four_fifths_and_never_over_a_given_one() {
+    fn the_limit_is_a_share_of_the_recommended_size_or_four_fifths_unless_one_is_given() {
         let limit = |max_model_bytes, given, sharers| {
             let profile = DeviceProfile {
                 max_model_bytes,
@@ -1081,13 +1081,10 @@ mod tests {
         };
         assert_eq!(limit(None, None, 1), 51_200_000_000);
         assert_eq!(limit(Some(12 * GIGABYTE), None, 1), 12 * GIGABYTE);
+        assert_eq!(limit(Some(12 * GIGABYTE), None, 3), 4 * GIGABYTE);
         assert_eq!(
             limit(Some(12 * GIGABYTE), Some(9 * GIGABYTE), 3),
-            3 * GIGABYTE
-        );
-        assert_eq!(
-            limit(Some(12 * GIGABYTE), Some(90 * GIGABYTE), 1),
-            12 * GIGABYTE
+            9 * GIGABYTE
         );
         // More than the memory cannot be recommended.
         assert_eq!(limit(Some(99 * GIGABYTE), None, 1), 64 * GIGABYTE);

@@ -207,3 +207,6 @@ fn hand_out(sampled: Sampled, schedule: &mut Schedule, feed: &mut impl Feed) -> 
     }
     Ok(())
 }
+
+#[cfg(test)]
+mod tests;

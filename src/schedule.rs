@@ -115,7 +115,7 @@ mod tests {
                 schedule.admit(prompt.clone(), SampleParams::GREEDY);
                 let steps = steps(&mut schedule);
                 let mut position = 0;
-                let mut seen = Vec::new();
+                let mut seen: Vec<u32> = Vec::new();
                 for (index, step) in steps.iter().enumerate() {
                     let entry = &step.entries[0];
                     assert_eq!(step.number, index as u64);

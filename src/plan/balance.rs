@@ -9,7 +9,6 @@
 use std::ops::{Range, RangeInclusive};
 
 /// The cuts to search.
-#[derive(Clone)]
 pub(super) struct Cuts {
     pub(super) layers: usize,
     pub(super) ranks: usize,
@@ -27,16 +26,34 @@ pub(super) enum Tie {
 }
 
 impl Cuts {
-    /// The starts of a range that ends at `end`, shortest range first.
-    fn starts(&self, end: usize) -> impl Iterator<Item = usize> + use<> {
-        let counts = self.counts.clone();
-        counts.map_while(move |count| end.checked_sub(count))
+    /// Where rank `rank` may start, so that all ranks before and after get an allowed number.
+    /// `rank == ranks` is the end of the model.
+    fn starts(&self, rank: usize) -> RangeInclusive<usize> {
+        let (fewest, most) = (*self.counts.start(), *self.counts.end());
+        let after = self.ranks - rank;
+        let first = (rank * fewest).max(self.layers.saturating_sub(after * most));
+        let last = (rank * most).min(self.layers.saturating_sub(after * fewest));
+        first..=last
     }
 
-    /// The ends of a range that starts at `start`, shortest range first.
-    fn ends(&self, start: usize) -> impl DoubleEndedIterator<Item = usize> + use<> {
-        let longest = (*self.counts.end()).min(self.layers - start);
-        (*self.counts.start()..=longest).map(move |count| start + count)
+    /// The starts of `rank`'s ranges that end at `end`, shortest range first.
+    fn starts_before(&self, rank: usize, end: usize) -> impl Iterator<Item = usize> + use<> {
+        let (starts, counts) = (self.starts(rank), &self.counts);
+        let first = end.saturating_sub(*counts.end()).max(*starts.start());
+        let last = end.saturating_sub(*counts.start()).min(*starts.end());
+        (first..=last).rev()
+    }
+
+    /// The ends of `rank`'s ranges that start at `start`, shortest range first.
+    fn ends_after(
+        &self,
+        rank: usize,
+        start: usize,
+    ) -> impl DoubleEndedIterator<Item = usize> + use<> {
+        let (ends, counts) = (self.starts(rank + 1), &self.counts);
+        let first = (start + counts.start()).max(*ends.start());
+        let last = (start + counts.end()).min(*ends.end());
+        first..=last
     }
 
     /// The smallest possible worst score of any rank. `None` if no allowed cut exists.
@@ -46,40 +63,21 @@ impl Cuts {
     ) -> Option<K> {
         // worst[end]: the smallest worst score of the ranks so far when they cover `..end`.
         let mut worst: Vec<Option<K>> = vec![None; self.layers + 1];
-        for end in self.ends(0) {
+        for end in self.ends_after(0, 0) {
             worst[end] = score(0, &(0..end));
         }
         for rank in 1..self.ranks {
-            let cover = |end| self.extend(end, &worst, |range| score(rank, range));
-            worst = (0..=self.layers).map(cover).collect();
+            let mut next = vec![None; self.layers + 1];
+            for end in self.starts(rank + 1) {
+                let starts = self.starts_before(rank, end);
+                next[end] = extend(starts, end, &worst, |range| score(rank, range));
+            }
+            worst = next;
             if worst.iter().all(Option::is_none) {
                 return None;
             }
         }
         worst[self.layers]
-    }
-
-    /// The smallest worst score over `..end` when one more rank ends there.
-    fn extend<K: Ord + Copy>(
-        &self,
-        end: usize,
-        worst: &[Option<K>],
-        score: impl Fn(&Range<usize>) -> Option<K>,
-    ) -> Option<K> {
-        let mut best: Option<K> = None;
-        for start in self.starts(end) {
-            let Some(own) = score(&(start..end)) else {
-                break;
-            };
-            if best.is_some_and(|best| own >= best) {
-                break;
-            }
-            if let Some(before) = worst[start] {
-                let both = own.max(before);
-                best = Some(best.map_or(both, |best| best.min(both)));
-            }
-        }
-        best
     }
 
     /// The cut with the smallest sum of scores. `None` if no allowed cut exists. Scores need not
@@ -101,8 +99,8 @@ impl Cuts {
                     .is_some_and(|(own, rest)| own + rest == goal)
             };
             let end = match tie {
-                Tie::FewestFirst => self.ends(start).find(reaches),
-                Tie::MostFirst => self.ends(start).rev().find(reaches),
+                Tie::FewestFirst => self.ends_after(rank, start).find(reaches),
+                Tie::MostFirst => self.ends_after(rank, start).rev().find(reaches),
             }?;
             ranges.push(start..end);
             start = end;
@@ -118,13 +116,41 @@ impl Cuts {
         let mut sums = vec![vec![None; self.layers + 1]; self.ranks + 1];
         sums[self.ranks][self.layers] = Some(0);
         for rank in (0..self.ranks).rev() {
-            for start in 0..=self.layers {
+            for start in self.starts(rank) {
                 let rest = &sums[rank + 1];
                 let own = |end| score(rank, &(start..end)).map(|own| (own, end));
                 let sum = |(own, end): (u128, usize)| rest[end].map(|rest| own + rest);
-                sums[rank][start] = self.ends(start).map_while(own).filter_map(sum).min();
+                sums[rank][start] = self
+                    .ends_after(rank, start)
+                    .map_while(own)
+                    .filter_map(sum)
+                    .min();
             }
         }
         sums
     }
+}
+
+/// The smallest worst score over `..end` when one more rank ends there and starts at one of
+/// `starts`, shortest range first.
+fn extend<K: Ord + Copy>(
+    starts: impl Iterator<Item = usize>,
+    end: usize,
+    worst: &[Option<K>],
+    score: impl Fn(&Range<usize>) -> Option<K>,
+) -> Option<K> {
+    let mut best: Option<K> = None;
+    for start in starts {
+        let Some(own) = score(&(start..end)) else {
+            break;
+        };
+        if best.is_some_and(|best| own >= best) {
+            break;
+        }
+        if let Some(before) = worst[start] {
+            let both = own.max(before);
+            best = Some(best.map_or(both, |best| best.min(both)));
+        }
+    }
+    best
 }

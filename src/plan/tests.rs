@@ -704,6 +704,22 @@ rank  host         layers  embedding  norm + head     KV  total
 }
 
 #[test]
+fn gigabytes_are_rounded_half_up() {
+    for (bytes, text) in [
+        (0, "0.000"),
+        (499_999, "0.000"),
+        (500_000, "0.001"),
+        (1_828_227_072, "1.828"),
+        (999_999_499_999, "999.999"),
+        (999_999_500_000, "1000"),
+        (1_499_999_999_999, "1500"),
+        (u64::MAX, "18446744074"),
+    ] {
+        assert_eq!(table::gigabytes(bytes), text);
+    }
+}
+
+#[test]
 fn tables_keep_to_80_columns_whatever_the_names_and_sizes() {
     let long = "a-host-with-a-very-long-name.in.some.department.example\nsecond line";
     let shape = ModelShape {
