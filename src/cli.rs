@@ -4,6 +4,7 @@ use crate::plan::{LayerRanges, Strategy};
 use crate::request::{Format, Sampling};
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use std::path::PathBuf;
+use std::sync::OnceLock;
 use std::time::Duration;
 
 /// Runs a language model across a few machines, each holding only its own layers.
@@ -11,6 +12,7 @@ use std::time::Duration;
 #[command(
     version,
     args_conflicts_with_subcommands = true,
+    args_override_self = true,
     override_usage = "mlx-pipe [OPTIONS] < PROMPTS\n       \
                       mpirun -np RANKS [--hostfile FILE] mlx-pipe [OPTIONS] < PROMPTS\n       \
                       mlx-pipe <COMMAND>",
@@ -48,8 +50,8 @@ pub enum Command {
 #[command(next_help_heading = "Model and plan")]
 pub struct ModelOptions {
     /// Checkpoint directory, or an id in the Hugging Face cache (downloaded if it is not there)
-    /// [default: model_name of the cluster file]
-    #[arg(long, value_name = "DIR|ID", env = "MLX_PIPE_MODEL")]
+    /// [default: model_name of the cluster file, else $MLX_PIPE_MODEL]
+    #[arg(long, value_name = "DIR|ID")]
     pub model: Option<String>,
 
     /// Cluster file (JSON) with the devices; only rank 0 needs it
@@ -244,6 +246,7 @@ impl From<FormatName> for Format {
 
 /// Parses and checks the command line. On an error, or for `--help`, rank 0 prints and every rank ends.
 pub fn parse() -> Cli {
+    let rank = launched_rank();
     let cli = Cli::try_parse().and_then(|cli| {
         let checked = cli.run.sampling.defaults().validate();
         checked.map_err(|rejection| {
@@ -255,7 +258,7 @@ pub fn parse() -> Cli {
         Ok(cli)
     });
     cli.unwrap_or_else(|error| {
-        if launched_rank() == 0 {
+        if rank == 0 {
             error.exit();
         }
         // A launcher kills the others as soon as one rank ends; the first must have spoken by then.
@@ -270,16 +273,27 @@ pub fn launched_rank() -> usize {
     rank_of_launcher().unwrap_or(0)
 }
 
+/// `$MLX_PIPE_MODEL`, the model where neither `--model` nor the cluster file names one.
+pub fn model_of_environment() -> Option<String> {
+    std::env::var("MLX_PIPE_MODEL")
+        .ok()
+        .filter(|model| !model.is_empty())
+}
+
 /// Whether a launcher such as `mpirun` started this process.
 pub fn is_launched() -> bool {
     rank_of_launcher().is_some()
 }
 
-/// What Open MPI, PMIx and MPICH put into a rank's environment.
+/// What Open MPI, PMIx and MPICH put into a rank's environment. Looked up once, by [`parse`]: starting MPI
+/// without a launcher sets some of it too.
 fn rank_of_launcher() -> Option<usize> {
-    ["OMPI_COMM_WORLD_RANK", "PMIX_RANK", "PMI_RANK"]
-        .into_iter()
-        .find_map(|name| std::env::var(name).ok()?.parse().ok())
+    static RANK: OnceLock<Option<usize>> = OnceLock::new();
+    *RANK.get_or_init(|| {
+        ["OMPI_COMM_WORLD_RANK", "PMIX_RANK", "PMI_RANK"]
+            .into_iter()
+            .find_map(|name| std::env::var(name).ok()?.parse().ok())
+    })
 }
 
 /// Bytes with an optional decimal unit: `12GB`, `900MB`, `1.5 GB`, `800000000`. GB = 1e9.

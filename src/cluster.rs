@@ -277,6 +277,19 @@ pub enum ClusterError {
         /// Ranks.
         ranks: usize,
     },
+    /// Some devices have `gpu_cores` and some have not, so their speeds do not compare.
+    #[error(
+        "cluster file {path}: `gpu_cores` is given for `{with}` but not for `{without}`; give it for \
+         all devices or for none, for cores of GPUs and of CPUs do not compare"
+    )]
+    MixedCores {
+        /// The file.
+        path: PathBuf,
+        /// A host that has it.
+        with: String,
+        /// A host that has not.
+        without: String,
+    },
     /// This host does not tell its memory.
     #[error("cannot find out this host's memory ({asked}): {source}; name it in a --cluster file")]
     Probe {
@@ -294,6 +307,15 @@ impl ClusterFile {
     ///
     /// The file cannot be read, is larger than 1 MiB, or is malformed.
     pub fn read(path: &Path) -> Result<Self, ClusterError> {
+        Self::parse(path, &Self::read_text(path)?)
+    }
+
+    /// Reads the text of a cluster file, for ranks that have no copy of it.
+    ///
+    /// # Errors
+    ///
+    /// The file cannot be read, or is larger than 1 MiB.
+    pub fn read_text(path: &Path) -> Result<String, ClusterError> {
         let failed = |source| ClusterError::Read {
             path: path.to_owned(),
             source,
@@ -304,12 +326,12 @@ impl ClusterFile {
         file.take(MAX_FILE_BYTES + 1)
             .read_to_string(&mut text)
             .map_err(failed)?;
-        if text.len() as u64 > MAX_FILE_BYTES {
-            return Err(ClusterError::TooLarge {
+        match text.len() as u64 > MAX_FILE_BYTES {
+            true => Err(ClusterError::TooLarge {
                 path: path.to_owned(),
-            });
+            }),
+            false => Ok(text),
         }
-        Self::parse(path, &text)
     }
 
     /// Checks the text of a cluster file; `path` is for messages only.
@@ -328,12 +350,29 @@ impl ClusterFile {
             .map_err(|error| malformed(error.path().to_string(), error.into_inner()))?;
         json.end()
             .map_err(|error| malformed(".".to_owned(), error))?;
-        Ok(Self {
+        let file = Self {
             path: path.to_owned(),
             model_name: fields.model_name,
             model_parallel_size: fields.model_parallel_size,
             devices: fields.devices.unwrap_or_default(),
-        })
+        };
+        file.check_cores()?;
+        Ok(file)
+    }
+
+    /// Cores of GPUs and of CPUs are no common measure of speed.
+    fn check_cores(&self) -> Result<(), ClusterError> {
+        let stated = |entry: &&DeviceEntry| entry.capabilities.gpu_cores.is_some();
+        let with = self.devices.iter().find(stated);
+        let without = self.devices.iter().find(|entry| !stated(entry));
+        match (with, without) {
+            (Some(with), Some(without)) => Err(ClusterError::MixedCores {
+                path: self.path.clone(),
+                with: with.names.hostname.clone(),
+                without: without.names.hostname.clone(),
+            }),
+            _ => Ok(()),
+        }
     }
 
     fn check_ranks(&self, found: usize) -> Result<(), ClusterError> {

@@ -1,6 +1,6 @@
 //! The commands that need no MPI: `plan` and `import`.
 
-use crate::cli::PlanOptions;
+use crate::cli::{self, PlanOptions};
 use crate::cluster::{self, ClusterFile};
 use crate::hub::{self, Found};
 use crate::model::ModelFiles;
@@ -43,11 +43,12 @@ pub fn plan(options: &PlanOptions) -> Result<()> {
 
 /// The model's directory, without a download: a plan is a question, not an order.
 fn find_model(options: &PlanOptions, file: Option<&ClusterFile>) -> Result<PathBuf> {
-    let named = file.and_then(|file| file.model_name.as_ref());
-    let Some(model) = options.model.model.as_ref().or(named) else {
+    let asked = options.model.model.clone();
+    let named = file.and_then(|file| file.model_name.clone());
+    let Some(model) = asked.or(named).or_else(cli::model_of_environment) else {
         bail!("{}", session::NO_MODEL);
     };
-    match hub::find(model)? {
+    match hub::find(&model)? {
         Found::Here(dir) => Ok(dir),
         Found::NotCached(id) => bail!(
             "the model {id} is not in the Hugging Face cache of this host; a plan needs its config.json and \

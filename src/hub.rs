@@ -2,9 +2,9 @@
 //! where a network is there, a download into that cache.
 
 use crate::checkpoint::Checkpoint;
-use anyhow::{Context, Result, bail};
+use anyhow::{Result, anyhow, bail};
 use hf_hub::Cache;
-use hf_hub::api::sync::ApiBuilder;
+use hf_hub::api::sync::{ApiBuilder, ApiError};
 use std::path::{Path, PathBuf};
 
 /// Where a model was found.
@@ -58,15 +58,15 @@ pub fn download(id: &str) -> Result<PathBuf> {
     if std::env::var("HF_HUB_OFFLINE").is_ok_and(|value| value != "0" && !value.is_empty()) {
         bail!("{} (HF_HUB_OFFLINE is set)", failed());
     }
-    let repo = ApiBuilder::from_env()
-        .build()
-        .with_context(failed)?
-        .model(id.to_owned());
-    let listed = repo.info().with_context(failed)?;
+    // Its chain of causes tells the same several times over; the outermost tells it all.
+    let told = |error: ApiError| anyhow!("{}: {error}", failed());
+    let built = ApiBuilder::from_env().build().map_err(told)?;
+    let repo = built.model(id.to_owned());
+    let listed = repo.info().map_err(told)?;
     let mut config = None;
     for file in listed.siblings.iter().map(|sibling| &sibling.rfilename) {
         if is_needed(file) {
-            let path = repo.get(file).with_context(failed)?;
+            let path = repo.get(file).map_err(told)?;
             if file == "config.json" {
                 config = Some(path);
             }

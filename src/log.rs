@@ -1,4 +1,4 @@
-//! One line of log: time since start, level, rank and host, message. For standard error.
+//! One line of log: time since the process started, level, rank and host, message. For standard error.
 
 use std::fmt;
 use std::time::Instant;
@@ -15,12 +15,9 @@ pub struct RankFormat {
 }
 
 impl RankFormat {
-    /// `place`: rank and host.
-    pub fn new(place: String) -> Self {
-        Self {
-            place,
-            started: Instant::now(),
-        }
+    /// `place`: rank and host; `started`: the beginning of its time.
+    pub fn new(place: String, started: Instant) -> Self {
+        Self { place, started }
     }
 }
 

@@ -127,6 +127,7 @@ impl<T: Transport, C: Compute> Worker<T, C> {
 
     /// This rank's part of a step, and the message that follows from it.
     fn execute(&mut self, step: &Step, payload: &[u8]) -> Result<()> {
+        wait::check_signals()?;
         debug!(step = step.number, rows = step.row_count(), "step");
         let started = Instant::now();
         let output = self

@@ -46,7 +46,6 @@ pub struct Prompts<'r, W: Write> {
     current: Option<Current<'r>>,
     measured: Measured,
     started: Option<Instant>,
-    request_count: usize,
 }
 
 /// The sequence in flight.
@@ -72,18 +71,17 @@ impl<'r, W: Write> Prompts<'r, W> {
             current: None,
             measured: Measured::default(),
             started: None,
-            request_count: 0,
         }
     }
 
-    /// What was written, measured, and how many lines there were.
-    pub fn finish(self) -> Result<(Written, Measured, usize)> {
+    /// What was written and measured.
+    pub fn finish(self) -> Result<(Written, Measured)> {
         self.progress.finish();
         let mut measured = self.measured;
         if let Some(started) = self.started {
             measured.busy_s = started.elapsed().as_secs_f64();
         }
-        Ok((self.writer.finish()?, measured, self.request_count))
+        Ok((self.writer.finish()?, measured))
     }
 
     /// Starts a request, or writes why it cannot be answered.
@@ -147,7 +145,6 @@ impl<W: Write> Feed for Prompts<'_, W> {
                 Err(RecvTimeoutError::Disconnected) => return Ok(Next::Done),
                 Ok(request) => request,
             };
-            self.request_count += 1;
             match request {
                 Ok(request) => {
                     if let Some(next) = self.admit(request)? {

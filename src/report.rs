@@ -203,29 +203,31 @@ impl Report<'_> {
                 megabytes(report.sent_bytes),
             ));
         }
-        let measured = &self.measured;
         line(format!(
-            "loaded {} of a model of {} on {} ranks in {:.2} s, {} less than full copies",
+            "loaded {} in {:.2} s; a copy of the model on every rank would be {}",
             gigabytes(self.loaded_bytes()),
-            gigabytes(self.plan.model_bytes),
-            self.ranks.len(),
             self.load_s(),
-            gigabytes(self.memory_saved_bytes()),
+            gigabytes(self.plan.full_copies_bytes()),
         ));
+        let (measured, tally) = (&self.measured, self.written.tally);
         line(format!(
-            "{} answered, {} failed: {} prompt tokens at {:.1}/s, {} sampled at {:.1}/s",
-            self.written.tally.answered,
-            self.written.tally.failed,
-            measured.prompt_tokens,
-            measured.prefill_tokens_per_s(),
-            measured.sampled_tokens,
-            measured.decode_tokens_per_s(),
+            "{} answered, {} failed",
+            tally.answered, tally.failed
         ));
-        line(format!(
-            "time to first token {:.0} ms (median), stages idle {:.0} % of the time",
-            measured.time_to_first_token_s() * 1e3,
-            self.idle_share() * 100.0,
-        ));
+        if tally.answered > 0 {
+            line(format!(
+                "{} prompt tokens at {:.1}/s, {} sampled at {:.1}/s; time to first token {:.0} ms (median)",
+                measured.prompt_tokens,
+                measured.prefill_tokens_per_s(),
+                measured.sampled_tokens,
+                measured.decode_tokens_per_s(),
+                measured.time_to_first_token_s() * 1e3,
+            ));
+            line(format!(
+                "stages idle {:.0} % of the time",
+                self.idle_share() * 100.0
+            ));
+        }
         line(format!("digest {}", self.written.digest));
         table
     }

@@ -11,7 +11,7 @@ use crate::plan::{self, Device, Plan, PlanRequest, WireDtype};
 use crate::progress::Progress;
 use crate::prompts::{self, Prompts};
 use crate::report::{self, RankReport, Report};
-use crate::request::{AnswerWriter, Identity, WriteError, Written};
+use crate::request::{AnswerWriter, Identity, Tally, WriteError, Written};
 use crate::schedule::Schedule;
 use crate::sequence::Rules;
 use crate::stage::{self, Stage};
@@ -46,7 +46,7 @@ pub fn run(options: &RunOptions) -> u8 {
     };
     let rank = transport.rank();
     end_job_on_panic(rank);
-    log_to_stderr(options.verbose, rank);
+    log_to_stderr(options.verbose, rank, started);
     match generate(options, &mut transport, started) {
         Ok(status) => status,
         Err(failure) => end(failure, rank),
@@ -92,7 +92,7 @@ fn generate(
                 written,
             };
             publish(options, &report)?;
-            Ok(report.written.tally.exit_status())
+            Ok(exit_status(report.written.tally))
         }
     }
 }
@@ -123,9 +123,10 @@ impl Place {
 struct Introduction {
     version: String,
     place: Place,
-    /// Text of the cluster file and the model asked for; those of rank 0 count.
+    /// Text of the cluster file, and what names a model; those of rank 0 count.
     cluster_file: Option<String>,
     model: Option<String>,
+    model_of_environment: Option<String>,
 }
 
 impl Cluster {
@@ -139,18 +140,19 @@ impl Cluster {
             hosts.zip(versions),
             "copy the same binary to every host",
         )?;
-        let text = all.first().and_then(|first| first.cluster_file.as_deref());
-        let file = match (text, &options.model.cluster) {
+        let first = all.first().context("a run has a rank 0")?;
+        let file = match (&first.cluster_file, &options.model.cluster) {
             (Some(text), Some(path)) => Some(
                 ClusterFile::parse(path, text)
                     .map_err(|error| Failure::of_all(error).as_usage())?,
             ),
             _ => None,
         };
-        let asked = all.first().and_then(|first| first.model.clone());
+        let asked = first.model.clone();
         let named = file.as_ref().and_then(|file| file.model_name.clone());
         let model = asked
             .or(named)
+            .or_else(|| first.model_of_environment.clone())
             .ok_or_else(|| Failure::of_all(anyhow!(NO_MODEL)).as_usage())?;
         Ok(Self {
             ranks: all.into_iter().map(|other| other.place).collect(),
@@ -174,10 +176,7 @@ fn introduce(options: &RunOptions, rank: usize) -> Result<Introduction> {
         device: stage::device_kind()?.to_owned(),
     };
     let cluster_file = match &options.model.cluster {
-        Some(path) if rank == 0 => Some(
-            std::fs::read_to_string(path)
-                .with_context(|| format!("reading the cluster file {}", path.display()))?,
-        ),
+        Some(path) if rank == 0 => Some(ClusterFile::read_text(path)?),
         _ => None,
     };
     Ok(Introduction {
@@ -188,6 +187,7 @@ fn introduce(options: &RunOptions, rank: usize) -> Result<Introduction> {
         place,
         cluster_file,
         model: options.model.model.clone(),
+        model_of_environment: cli::model_of_environment(),
     })
 }
 
@@ -362,17 +362,7 @@ fn lead(
     let mut prompts = Prompts::new(requests, &rules, writer, Progress::new());
     let mut schedule = Schedule::new(options.prefill_chunk as usize);
     worker.lead(&mut schedule, &mut prompts, options.step_limit())?;
-    let (written, measured, request_count) = prompts.finish()?;
-    if request_count == 0 {
-        return Err(Failure {
-            error: anyhow!(
-                "no prompts on standard input; give one a line, such as: echo \"Hello\" | mlx-pipe --model ..."
-            ),
-            known_to: KnownTo::ThisRank,
-            status: 2,
-        });
-    }
-    Ok((written, measured))
+    Ok(prompts.finish()?)
 }
 
 fn rules(options: &RunOptions, files: &ModelFiles, plan: &Plan, now_s: u64) -> Result<Rules> {
@@ -393,6 +383,17 @@ fn rules(options: &RunOptions, files: &ModelFiles, plan: &Plan, now_s: u64) -> R
         end_ids,
         seed: options.sampling.seed,
     })
+}
+
+/// The status of a run that got to its end. One without a prompt was surely not meant.
+fn exit_status(tally: Tally) -> u8 {
+    if tally.answered + tally.failed == 0 {
+        eprintln!(
+            "mlx-pipe: no prompts on standard input; give one a line, such as: echo \"Hello\" | mlx-pipe --model ..."
+        );
+        return 2;
+    }
+    tally.exit_status()
 }
 
 /// Prints the report, and writes it where it was asked for.
@@ -449,7 +450,7 @@ fn end_job_on_panic(rank: usize) {
     }));
 }
 
-fn log_to_stderr(verbose: u8, rank: usize) {
+fn log_to_stderr(verbose: u8, rank: usize, started: Instant) {
     let level = match verbose {
         0 => tracing::Level::WARN,
         1 => tracing::Level::INFO,
@@ -461,6 +462,6 @@ fn log_to_stderr(verbose: u8, rank: usize) {
         .with_writer(std::io::stderr)
         .with_target(false)
         .with_ansi(false)
-        .event_format(crate::log::RankFormat::new(place))
+        .event_format(crate::log::RankFormat::new(place, started))
         .try_init();
 }

@@ -3,6 +3,8 @@
 //! MPI: a condition is polled, at first at once, then after yielding, then after growing pauses.
 
 use anyhow::{Result, bail};
+use signal_hook::iterator::SignalsInfo;
+use signal_hook::iterator::exfiltrator::WithOrigin;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -11,12 +13,12 @@ use std::time::{Duration, Instant};
 const EAGER_POLLS: u32 = 64;
 /// Longest pause while an answer is due.
 const LONGEST_PAUSE: Duration = Duration::from_micros(200);
-/// Longest pause once nothing has happened for [`IDLE_AFTER`].
-const LONGEST_IDLE_PAUSE: Duration = Duration::from_millis(5);
+/// The pause once nothing has happened for [`IDLE_AFTER`].
+const IDLE_PAUSE: Duration = Duration::from_millis(5);
 /// When a wait counts as idle.
 const IDLE_AFTER: Duration = Duration::from_millis(500);
 
-/// The signal that asked this process to end; 0 for none. Set by the signal handler.
+/// The signal that asked this process to end; 0 for none.
 static SIGNAL: AtomicUsize = AtomicUsize::new(0);
 /// Whether it was sent by the parent process, which under `mpirun` is the launcher.
 static FROM_PARENT: AtomicBool = AtomicBool::new(false);
@@ -32,25 +34,34 @@ pub struct Interrupted {
     pub from_parent: bool,
 }
 
-/// Makes Ctrl-C, SIGTERM and SIGHUP end every wait with [`Interrupted`]; a second one ends the process.
+/// How long a rank may go on computing after it was asked to end.
+const END_WITHIN: Duration = Duration::from_secs(3);
+
+/// Makes Ctrl-C, SIGTERM and SIGHUP end every wait with [`Interrupted`]. A rank that is in the middle of a
+/// long computation is ended by force after three seconds, or at the second signal; its launcher then
+/// ends the others.
 ///
 /// # Errors
 /// The system refuses a handler.
 pub fn end_on_signals() -> Result<()> {
     use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
-    for signal in [SIGINT, SIGTERM, SIGHUP] {
-        // SAFETY: the handler calls `getppid`, stores to atomics, and on a second signal calls `_exit`,
-        // all of which are async-signal-safe; `si_pid` is set for signals that processes send, and for
-        // others it is read as whatever number stands there.
-        unsafe {
-            signal_hook_registry::register_sigaction(signal, move |info| {
-                FROM_PARENT.store(info.si_pid() == libc::getppid(), Ordering::SeqCst);
-                if SIGNAL.swap(signal as usize, Ordering::SeqCst) != 0 {
-                    signal_hook::low_level::exit(128 + signal);
-                }
-            })?;
+    let mut signals = SignalsInfo::<WithOrigin>::new([SIGINT, SIGTERM, SIGHUP])?;
+    thread::spawn(move || {
+        for origin in signals.forever() {
+            let sender = origin.process.map(|process| process.pid);
+            // SAFETY: `getppid` has no preconditions.
+            let parent = unsafe { libc::getppid() };
+            FROM_PARENT.store(sender == Some(parent), Ordering::SeqCst);
+            let code = 128 + origin.signal;
+            if SIGNAL.swap(origin.signal as usize, Ordering::SeqCst) != 0 {
+                std::process::exit(code);
+            }
+            thread::spawn(move || {
+                thread::sleep(END_WITHIN);
+                std::process::exit(code);
+            });
         }
-    }
+    });
     Ok(())
 }
 
@@ -112,12 +123,11 @@ impl Patience {
     }
 
     fn next_pause(&self) -> Duration {
-        let doublings = ((self.polls - 2 * EAGER_POLLS) / 8).min(8);
-        let growing = Duration::from_micros(10 << doublings);
-        match self.elapsed() > IDLE_AFTER {
-            true => growing.min(LONGEST_IDLE_PAUSE).max(LONGEST_IDLE_PAUSE / 2),
-            false => growing.min(LONGEST_PAUSE),
+        if self.elapsed() > IDLE_AFTER {
+            return IDLE_PAUSE;
         }
+        let doublings = ((self.polls - 2 * EAGER_POLLS) / 8).min(8);
+        Duration::from_micros(10 << doublings).min(LONGEST_PAUSE)
     }
 }
 

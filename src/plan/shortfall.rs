@@ -99,13 +99,13 @@ impl Shortfall {
         }
         if let Some(sequences) = self.max_sequences {
             lines.push(format!(
-                "sequences {sequences} with --context {}",
+                "{sequences} sequence(s) with --context {}",
                 self.context_tokens
             ));
         }
         if let Some(context_tokens) = self.max_context_tokens {
             lines.push(format!(
-                "--context {context_tokens} with sequences {}",
+                "--context {context_tokens} at {} sequence(s)",
                 self.sequences
             ));
         }
