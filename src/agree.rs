@@ -3,9 +3,10 @@
 
 use crate::transport::Transport;
 use anyhow::{Context, Result, anyhow};
-use serde::Serialize;
 use serde::de::DeserializeOwned;
+use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
+use std::time::Duration;
 
 /// Why a run ended early, and who is to say so.
 #[derive(Debug)]
@@ -14,32 +15,24 @@ pub struct Failure {
     pub error: anyhow::Error,
     /// Who knows of it.
     pub known_to: KnownTo,
-    /// Exit status of the program.
-    pub status: u8,
 }
 
 /// Who knows of a failure.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum KnownTo {
-    /// All ranks, at the same point: rank 0 tells the user, and all leave in order.
+    /// All ranks, at the same point: rank 0 tells the user, and all leave in order. Only this file can
+    /// say so, after all ranks have heard it.
     All,
     /// This rank alone: it tells the user and ends the job on all ranks.
     ThisRank,
 }
 
 impl Failure {
-    /// A failure that all ranks came to from the same facts.
-    pub fn of_all(error: impl Into<anyhow::Error>) -> Self {
+    fn of_all(error: anyhow::Error) -> Self {
         Self {
-            error: error.into(),
+            error,
             known_to: KnownTo::All,
-            status: 1,
         }
-    }
-
-    /// The same failure as a mistake of the caller (exit status 2).
-    pub fn as_usage(self) -> Self {
-        Self { status: 2, ..self }
     }
 }
 
@@ -49,31 +42,68 @@ impl From<anyhow::Error> for Failure {
         Self {
             error,
             known_to: KnownTo::ThisRank,
-            status: 1,
         }
     }
 }
 
-/// What every rank brought, in rank order.
+/// A mistake in what the user asked for, in the command line or the cluster file; exit status 2.
+#[derive(Debug, thiserror::Error)]
+#[error("{0}")]
+pub struct Usage(String);
+
+impl Usage {
+    /// The error as a mistake of the user.
+    pub fn of(error: impl Into<anyhow::Error>) -> anyhow::Error {
+        anyhow::Error::new(Self(format!("{:#}", error.into())))
+    }
+}
+
+/// The exit status that an error asks for: 2 for a mistake of the user, else 1.
+pub fn exit_status(error: &anyhow::Error) -> u8 {
+    if error.is::<Usage>() { 2 } else { 1 }
+}
+
+/// What a rank says of its failure.
+#[derive(Clone, Serialize, Deserialize)]
+struct Told {
+    error: String,
+    is_usage: bool,
+    host: String,
+}
+
+impl Told {
+    fn of(error: &anyhow::Error) -> Self {
+        Self {
+            error: format!("{error:#}"),
+            is_usage: error.is::<Usage>(),
+            host: gethostname::gethostname().to_string_lossy().into_owned(),
+        }
+    }
+}
+
+/// What every rank brought, in rank order. Waits for the other ranks for as long as `limit` says.
 ///
 /// # Errors
 /// If any rank failed: the errors of all ranks, equal ones told once, known to all.
 pub fn gather<T: Serialize + DeserializeOwned>(
     transport: &mut impl Transport,
     local: Result<T>,
+    limit: Option<Duration>,
 ) -> Result<Vec<T>, Failure> {
-    let told = local.map_err(|error| format!("{error:#}"));
+    let told = local.map_err(|error| Told::of(&error));
     let bytes = serde_json::to_vec(&told).context("encoding what this rank brings")?;
-    let gathered = transport.gather_all(&bytes)?;
+    let gathered = transport.gather_all(&bytes, limit)?;
     let mut brought = Vec::new();
-    let mut failed: BTreeMap<String, Vec<usize>> = BTreeMap::new();
+    let mut failed = BTreeMap::new();
     for (rank, bytes) in gathered.iter().enumerate() {
-        let told: Result<T, String> = serde_json::from_slice(bytes).with_context(|| {
+        let told: Result<T, Told> = serde_json::from_slice(bytes).with_context(|| {
             format!("rank {rank} said something that this version does not understand; are all ranks of the same version?")
         })?;
         match told {
             Ok(value) => brought.push(value),
-            Err(error) => failed.entry(error).or_default().push(rank),
+            Err(told) => {
+                failed.insert(rank, told);
+            }
         }
     }
     match failed.is_empty() {
@@ -91,26 +121,40 @@ pub fn all_succeeded<T>(transport: &mut impl Transport, local: Result<T>) -> Res
         Ok(value) => (Some(value), Ok(())),
         Err(error) => (None, Err(error)),
     };
-    gather(transport, told)?;
+    gather(transport, told, None)?;
     Ok(value.context("this rank failed, and the others did not hear of it")?)
 }
 
-/// `ranks 0, 2: error`, one line for each different error.
-fn summary(failed: &BTreeMap<String, Vec<usize>>, rank_count: usize) -> anyhow::Error {
-    let mut by_rank: Vec<_> = failed.iter().collect();
-    by_rank.sort_by_key(|(_, ranks)| ranks.first());
-    let lines: Vec<String> = by_rank
-        .into_iter()
-        .map(|(error, ranks)| match ranks.len() {
-            count if count == rank_count => error.clone(),
-            1 => format!("rank {}: {error}", ranks[0]),
-            _ => {
-                let numbers: Vec<String> = ranks.iter().map(usize::to_string).collect();
-                format!("ranks {}: {error}", numbers.join(", "))
-            }
-        })
-        .collect();
-    anyhow!("{}", lines.join("\n"))
+/// `ranks 0, 2 (mini1, mini3): error`, one line for each different error.
+fn summary(failed: &BTreeMap<usize, Told>, rank_count: usize) -> anyhow::Error {
+    let mut lines: Vec<String> = Vec::new();
+    for told in failed.values() {
+        let alike: Vec<(&usize, &Told)> = failed
+            .iter()
+            .filter(|(_, other)| other.error == told.error)
+            .collect();
+        let ranks: Vec<String> = alike.iter().map(|(rank, _)| rank.to_string()).collect();
+        let mut hosts: Vec<&str> = alike.iter().map(|(_, other)| other.host.as_str()).collect();
+        hosts.dedup();
+        let line = match alike.len() {
+            count if count == rank_count => told.error.clone(),
+            1 => format!("rank {} ({}): {}", ranks[0], hosts[0], told.error),
+            _ => format!(
+                "ranks {} ({}): {}",
+                ranks.join(", "),
+                hosts.join(", "),
+                told.error
+            ),
+        };
+        if !lines.contains(&line) {
+            lines.push(line);
+        }
+    }
+    let all = anyhow!("{}", lines.join("\n"));
+    match failed.values().all(|told| told.is_usage) {
+        true => Usage::of(all),
+        false => all,
+    }
 }
 
 /// Checks that a value is the same on all ranks; `what` names it, `remedy` says what to do.
@@ -151,18 +195,35 @@ fn short(value: &str) -> &str {
 mod tests {
     use super::*;
 
+    fn told(error: &str, host: &str, is_usage: bool) -> Told {
+        Told {
+            error: error.into(),
+            is_usage,
+            host: host.into(),
+        }
+    }
+
     #[test]
-    fn equal_errors_are_told_once_and_different_ones_by_rank() {
+    fn equal_errors_are_told_once_and_different_ones_by_rank_and_host() {
         let failed = BTreeMap::from([
-            ("no model".to_owned(), vec![0, 2]),
-            ("no memory".to_owned(), vec![1]),
+            (0, told("no model", "mini1", true)),
+            (1, told("no memory", "mini2", false)),
+            (2, told("no model", "mini3", true)),
         ]);
+        let error = summary(&failed, 3);
         assert_eq!(
-            summary(&failed, 3).to_string(),
-            "ranks 0, 2: no model\nrank 1: no memory"
+            error.to_string(),
+            "ranks 0, 2 (mini1, mini3): no model\nrank 1 (mini2): no memory"
         );
-        let all = BTreeMap::from([("no model".to_owned(), vec![0, 1, 2])]);
-        assert_eq!(summary(&all, 3).to_string(), "no model");
+        assert_eq!(exit_status(&error), 1);
+    }
+
+    #[test]
+    fn a_mistake_that_all_ranks_see_is_told_without_ranks_and_is_one_of_usage() {
+        let failed = BTreeMap::from([0, 1].map(|rank| (rank, told("no model", "mini", true))));
+        let error = summary(&failed, 2);
+        assert_eq!(error.to_string(), "no model");
+        assert_eq!(exit_status(&error), 2);
     }
 
     #[test]

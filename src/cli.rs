@@ -2,6 +2,7 @@
 
 use crate::plan::{LayerRanges, Strategy};
 use crate::request::{Format, Sampling};
+use crate::stage::DeviceChoice;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use std::path::PathBuf;
 use std::sync::OnceLock;
@@ -66,6 +67,10 @@ pub struct ModelOptions {
     #[arg(long, value_name = "RANGES", conflicts_with = "strategy")]
     pub layers: Option<LayerRanges>,
 
+    /// What to compute on: auto (the GPU where there is one), cpu or gpu
+    #[arg(long, value_enum, hide_possible_values = true, default_value = "auto")]
+    pub device: DeviceName,
+
     /// Tokens that a sequence may hold, prompt and answer [default: 4096, or the model's if less]
     #[arg(long, value_name = "TOKENS", value_parser = clap::value_parser!(u64).range(2..=1 << 24))]
     pub context: Option<u64>,
@@ -77,6 +82,19 @@ pub struct ModelOptions {
 }
 
 impl ModelOptions {
+    /// What makes a plan, as text that ranks can compare: they might have been started with different
+    /// options.
+    pub fn plan_options(&self) -> String {
+        format!(
+            "--strategy {} --context {:?} --memory-limit {:?}",
+            self.layers
+                .as_ref()
+                .map_or(self.strategy.to_string(), LayerRanges::to_string),
+            self.context,
+            self.memory_limit
+        )
+    }
+
     /// The strategy asked for, layers by hand included.
     pub fn strategy(&self) -> Strategy {
         match &self.layers {
@@ -224,6 +242,25 @@ impl SamplingOptions {
     }
 }
 
+/// `--device`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+#[allow(missing_docs)]
+pub enum DeviceName {
+    Auto,
+    Cpu,
+    Gpu,
+}
+
+impl From<DeviceName> for DeviceChoice {
+    fn from(name: DeviceName) -> Self {
+        match name {
+            DeviceName::Auto => Self::Auto,
+            DeviceName::Cpu => Self::Cpu,
+            DeviceName::Gpu => Self::Gpu,
+        }
+    }
+}
+
 /// `--format`. The variants have no documentation of their own: clap would print it as a list, which
 /// makes a page of what is a line.
 #[derive(Debug, Clone, Copy, ValueEnum)]
@@ -250,10 +287,13 @@ pub fn parse() -> Cli {
     let cli = Cli::try_parse().and_then(|cli| {
         let checked = cli.run.sampling.defaults().validate();
         checked.map_err(|rejection| {
-            clap::Error::raw(
-                clap::error::ErrorKind::ValueValidation,
-                format!("{rejection}\n"),
-            )
+            // The fields of a request are named as in JSON, the options are not.
+            let option = rejection.field.as_deref().unwrap_or_default();
+            let message = rejection.message.replace(
+                &format!("`{option}`"),
+                &format!("--{}", option.replace('_', "-")),
+            );
+            clap::Error::raw(clap::error::ErrorKind::ValueValidation, message + "\n")
         })?;
         Ok(cli)
     });

@@ -170,12 +170,12 @@ impl<'de> Deserialize<'de> for Gigabytes {
 #[derive(Debug, thiserror::Error)]
 pub enum ClusterError {
     /// The file cannot be read.
-    #[error("cannot read the cluster file {path}: {source}")]
+    #[error("cannot read the cluster file {path}: {cause}")]
     Read {
         /// The file.
         path: PathBuf,
         /// The system's reason.
-        source: io::Error,
+        cause: io::Error,
     },
     /// The file is too large to be a cluster file.
     #[error("cluster file {path}: larger than {MAX_FILE_BYTES} bytes; is it a cluster file?")]
@@ -291,12 +291,12 @@ pub enum ClusterError {
         without: String,
     },
     /// This host does not tell its memory.
-    #[error("cannot find out this host's memory ({asked}): {source}; name it in a --cluster file")]
+    #[error("cannot find out this host's memory ({asked}): {cause}; name it in a --cluster file")]
     Probe {
         /// What was asked.
         asked: &'static str,
         /// The system's reason.
-        source: io::Error,
+        cause: io::Error,
     },
 }
 
@@ -316,9 +316,9 @@ impl ClusterFile {
     ///
     /// The file cannot be read, or is larger than 1 MiB.
     pub fn read_text(path: &Path) -> Result<String, ClusterError> {
-        let failed = |source| ClusterError::Read {
+        let failed = |cause| ClusterError::Read {
             path: path.to_owned(),
-            source,
+            cause,
         };
         let mut text = String::new();
         let file = fs::File::open(path).map_err(failed)?;
@@ -683,9 +683,9 @@ mod probe {
     const MEMINFO: &str = "/proc/meminfo";
 
     pub(super) fn memory_bytes() -> Result<u64, ClusterError> {
-        let failed = |source| ClusterError::Probe {
+        let failed = |cause| ClusterError::Probe {
             asked: MEMINFO,
-            source,
+            cause,
         };
         let text = fs::read_to_string(MEMINFO).map_err(failed)?;
         let total_bytes = total_bytes(&text);
@@ -785,10 +785,10 @@ mod probe {
             )
         };
         if status != 0 || size != size_of::<u64>() {
-            let source = io::Error::last_os_error();
+            let cause = io::Error::last_os_error();
             return Err(ClusterError::Probe {
                 asked: "sysctl hw.memsize",
-                source,
+                cause,
             });
         }
         Ok(bytes)
@@ -805,10 +805,10 @@ mod probe {
     use super::ClusterError;
 
     pub(super) fn memory_bytes() -> Result<u64, ClusterError> {
-        let source = std::io::ErrorKind::Unsupported.into();
+        let cause = std::io::ErrorKind::Unsupported.into();
         Err(ClusterError::Probe {
             asked: "on Linux and macOS only",
-            source,
+            cause,
         })
     }
 

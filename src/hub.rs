@@ -1,49 +1,57 @@
 //! From `--model` to a directory on this host: a path, or an id in the local Hugging Face cache, or,
 //! where a network is there, a download into that cache.
 
-use crate::checkpoint::Checkpoint;
-use anyhow::{Result, anyhow, bail};
+use crate::agree::Usage;
+use crate::checkpoint::{Checkpoint, CheckpointError};
+use anyhow::{Context, Result, anyhow, bail};
 use hf_hub::Cache;
 use hf_hub::api::sync::{ApiBuilder, ApiError};
+use serde::{Deserialize, Serialize};
 use std::path::{Path, PathBuf};
 
+/// The file without which a directory is no checkpoint.
+const CONFIG: &str = "config.json";
+
 /// Where a model was found.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Found {
-    /// A checkpoint directory on this host.
-    Here(PathBuf),
-    /// An id that the cache of this host does not hold whole.
+    /// A checkpoint directory, given as such.
+    Directory(PathBuf),
+    /// In the cache of this host, whole.
+    Cached(PathBuf),
+    /// An id that the cache of this host does not hold.
     NotCached(String),
 }
 
 /// Looks for a model on this host, without a network.
 ///
 /// # Errors
-/// Neither a directory nor an id of the form `owner/name`.
+/// Neither a directory nor an id of the form `owner/name`, or weights in the cache that are damaged.
 pub fn find(model: &str) -> Result<Found> {
     let path = Path::new(model);
     if path.is_dir() {
-        return Ok(Found::Here(path.to_owned()));
+        return Ok(Found::Directory(path.to_owned()));
     }
     if path.exists() {
-        bail!(
-            "--model {model} is a file; expected a checkpoint directory (a GGUF file is converted by \
+        return Err(Usage::of(anyhow!(
+            "--model \"{model}\" is a file; expected a checkpoint directory (a GGUF file is converted by \
              `mlx-pipe import {model} OUT_DIR`)"
-        );
+        )));
     }
     if !is_id(model) {
-        bail!(
-            "no directory {model} on this host; --model expects a checkpoint directory, or an id such as \
+        return Err(Usage::of(anyhow!(
+            "no directory \"{model}\" on this host; --model expects a checkpoint directory, or an id such as \
              mlx-community/Qwen3-1.7B-8bit"
-        );
+        )));
     }
-    Ok(match cached(model) {
-        Some(dir) => Found::Here(dir),
+    Ok(match cached(model)? {
+        Some(dir) => Found::Cached(dir),
         None => Found::NotCached(model.to_owned()),
     })
 }
 
-/// Downloads a model's files into the cache and returns their directory.
+/// Downloads a model's files into the cache and returns their directory. The configuration comes last, so
+/// that a download that was cut off does not look whole.
 ///
 /// # Errors
 /// No network, no such model, no room.
@@ -63,26 +71,43 @@ pub fn download(id: &str) -> Result<PathBuf> {
     let built = ApiBuilder::from_env().build().map_err(told)?;
     let repo = built.model(id.to_owned());
     let listed = repo.info().map_err(told)?;
-    let mut config = None;
-    for file in listed.siblings.iter().map(|sibling| &sibling.rfilename) {
-        if is_needed(file) {
-            let path = repo.get(file).map_err(told)?;
-            if file == "config.json" {
-                config = Some(path);
-            }
-        }
+    let mut files: Vec<&str> = listed
+        .siblings
+        .iter()
+        .map(|sibling| sibling.rfilename.as_str())
+        .filter(|file| is_needed(file))
+        .collect();
+    files.sort_by_key(|file| (*file == CONFIG, file.ends_with(".safetensors")));
+    if files.last() != Some(&CONFIG) {
+        bail!("the model {id} has no config.json: it is not a checkpoint of MLX's form");
     }
-    match config.as_deref().and_then(Path::parent) {
-        Some(dir) => Ok(dir.to_owned()),
-        None => bail!("the model {id} has no config.json: it is not a checkpoint of MLX's form"),
+    let mut config = PathBuf::new();
+    for file in files {
+        config = repo.get(file).map_err(told)?;
     }
+    config
+        .parent()
+        .map(Path::to_owned)
+        .context("a cached file has no directory")
 }
 
-/// The directory of a cached model, if all its weights are there.
-fn cached(id: &str) -> Option<PathBuf> {
-    let config = Cache::from_env().model(id.to_owned()).get("config.json")?;
-    let dir = config.parent()?.to_owned();
-    Checkpoint::open(&dir).is_ok().then_some(dir)
+/// The directory of a cached model. Without its weights it counts as not there, and is downloaded again.
+fn cached(id: &str) -> Result<Option<PathBuf>> {
+    let Some(config) = Cache::from_env().model(id.to_owned()).get(CONFIG) else {
+        return Ok(None);
+    };
+    let dir = config.parent().context("a cached file has no directory")?;
+    match Checkpoint::open(dir) {
+        Ok(_) => Ok(Some(dir.to_owned())),
+        Err(
+            CheckpointError::NoWeights { .. }
+            | CheckpointError::ShardMissing { .. }
+            | CheckpointError::IndexedFileMissing { .. },
+        ) => Ok(None),
+        Err(error) => {
+            Err(error).with_context(|| format!("the model {id} in the cache of this host"))
+        }
+    }
 }
 
 /// `owner/name`, as the hub writes it.

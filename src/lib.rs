@@ -3,7 +3,7 @@
 //! The route of one token, and where to read about each part of it:
 //!
 //! 1. [`cli`] reads the command line; [`session`] takes a rank from the start of MPI to the report.
-//! 2. [`cluster`], [`model::ModelFiles`] and [`plan`] decide, on every rank alike, which layers are whose;
+//! 2. [`cluster`], [`model::ModelFiles`], [`planning`] and [`plan`] decide, on every rank alike, which layers are whose;
 //!    [`agree`] makes sure that it is alike.
 //! 3. [`stage::Stage`] loads this rank's slice of the [`checkpoint`] through [`model`].
 //! 4. [`prompts`] reads [`request`]s, a [`tokenizer`] and a [`sequence`] turn them into token ids.
@@ -16,6 +16,7 @@
 #![deny(missing_docs)]
 
 pub mod agree;
+pub mod bounded_file;
 pub mod checkpoint;
 pub mod cli;
 pub mod cluster;
@@ -26,6 +27,7 @@ pub mod log;
 pub mod model;
 pub mod pipeline;
 pub mod plan;
+pub mod planning;
 pub mod progress;
 pub mod prompts;
 pub mod report;

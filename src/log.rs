@@ -1,11 +1,20 @@
-//! One line of log: time since the process started, level, rank and host, message. For standard error.
+//! What is said on standard error: one line of log (time since the process started, level, rank and host,
+//! message), and everything else through [`tell`].
 
 use std::fmt;
+use std::io::Write;
 use std::time::Instant;
 use tracing::{Event, Subscriber};
 use tracing_subscriber::fmt::format::Writer;
 use tracing_subscriber::fmt::{FmtContext, FormatEvent, FormatFields};
 use tracing_subscriber::registry::LookupSpan;
+
+/// Writes to standard error. That nobody can read it is no reason to fail, so errors are passed over.
+pub fn tell(text: &str) {
+    let mut stderr = std::io::stderr().lock();
+    let _ = stderr.write_all(text.as_bytes());
+    let _ = stderr.flush();
+}
 
 /// Writes every event behind the place that it comes from.
 #[derive(Debug)]

@@ -8,9 +8,9 @@ fn main() -> ExitCode {
     let cli = cli::parse();
     match cli.command {
         None => session::run(&cli.run).into(),
-        Some(Command::Plan(options)) => commands::finish(commands::plan(&options)),
+        Some(Command::Plan(options)) => commands::finish(|| commands::plan(&options)),
         Some(Command::Import { gguf, out_dir }) => {
-            commands::finish(commands::import(&gguf, &out_dir))
+            commands::finish(|| commands::import(&gguf, &out_dir))
         }
     }
 }

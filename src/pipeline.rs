@@ -190,8 +190,11 @@ impl<T: Transport, C: Compute> Worker<T, C> {
                 patience.elapsed().as_secs_f64()
             );
         }
+        if unanswered.is_none() {
+            return Ok(patience.pause()?);
+        }
         let waiting = Instant::now();
-        patience.pause()?;
+        patience.pause_for_answer()?;
         self.counters.wait += waiting.elapsed();
         Ok(())
     }

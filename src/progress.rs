@@ -3,6 +3,7 @@
 //! Under `mpirun` the ranks' standard error is a pipe to it even when a person is watching; so where the
 //! launcher's own standard error can be looked up, that decides.
 
+use crate::log::tell;
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle, TermLike};
 use std::io::{self, IsTerminal, Write};
 
@@ -50,7 +51,7 @@ impl Progress {
 
     /// A line for the user that stays, also where no progress is shown.
     pub fn warn(&self, text: &str) {
-        self.bar.suspend(|| eprintln!("mlx-pipe: {text}"));
+        self.bar.suspend(|| tell(&format!("mlx-pipe: {text}\n")));
     }
 
     /// Takes the line away.

@@ -45,7 +45,6 @@ pub struct Prompts<'r, W: Write> {
     progress: Progress,
     current: Option<Current<'r>>,
     measured: Measured,
-    started: Option<Instant>,
 }
 
 /// The sequence in flight.
@@ -70,23 +69,17 @@ impl<'r, W: Write> Prompts<'r, W> {
             progress,
             current: None,
             measured: Measured::default(),
-            started: None,
         }
     }
 
     /// What was written and measured.
     pub fn finish(self) -> Result<(Written, Measured)> {
         self.progress.finish();
-        let mut measured = self.measured;
-        if let Some(started) = self.started {
-            measured.busy_s = started.elapsed().as_secs_f64();
-        }
-        Ok((self.writer.finish()?, measured))
+        Ok((self.writer.finish()?, self.measured))
     }
 
     /// Starts a request, or writes why it cannot be answered.
     fn admit(&mut self, request: Request) -> Result<Option<Next>> {
-        self.started.get_or_insert_with(Instant::now);
         let (line, max_tokens) = (request.line, request.sampling.max_tokens);
         match Sequence::admit(request, self.rules) {
             Ok(Admitted {

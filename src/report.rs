@@ -65,11 +65,14 @@ pub struct Measured {
     pub first_token_s: Vec<f64>,
     /// Seconds between first and last tokens, summed over the requests.
     pub decode_s: f64,
-    /// Seconds from the first admission to the last answer.
-    pub busy_s: f64,
 }
 
 impl Measured {
+    /// Seconds in which there was a sequence to work on: one at a time.
+    fn active_s(&self) -> f64 {
+        self.first_token_s.iter().sum::<f64>() + self.decode_s
+    }
+
     /// Median seconds to the first token; 0 without requests.
     fn time_to_first_token_s(&self) -> f64 {
         let mut sorted = self.first_token_s.clone();
@@ -93,8 +96,6 @@ impl Measured {
 pub struct Report<'a> {
     /// The plan that was run.
     pub plan: &'a Plan,
-    /// Hash of the plan, in hexadecimal.
-    pub plan_hash: String,
     /// One a rank.
     pub ranks: Vec<RankReport>,
     /// What rank 0 measured.
@@ -107,7 +108,7 @@ impl Report<'_> {
     /// Share of all ranks' time in which they did not compute, while there was something to do.
     fn idle_share(&self) -> f64 {
         let busy: f64 = self.ranks.iter().map(|rank| rank.busy_s).sum();
-        let whole = self.measured.busy_s * self.ranks.len() as f64;
+        let whole = self.measured.active_s() * self.ranks.len() as f64;
         if whole == 0.0 {
             0.0
         } else {
@@ -175,7 +176,7 @@ impl Report<'_> {
             "plan": {
                 "strategy": self.plan.strategy.name(),
                 "chosen": self.plan.chosen.name(),
-                "hash": self.plan_hash,
+                "hash": self.plan.fingerprint_hex(),
                 "wire_dtype": self.plan.wire_dtype.name(),
                 "context_tokens": self.plan.context_tokens,
                 "sequences": self.plan.sequences,

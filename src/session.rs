@@ -1,16 +1,18 @@
 //! A run on one rank, from the start of MPI to the report: every rank does the same, in the same order,
 //! and differs only by its place in the plan.
 
-use crate::agree::{self, Failure, KnownTo};
+use crate::agree::{self, Failure, KnownTo, Usage};
 use crate::cli::{self, RunOptions};
 use crate::cluster::{self, ClusterFile, DeviceProfile};
 use crate::hub::{self, Found};
+use crate::log::{RankFormat, tell};
 use crate::model::ModelFiles;
 use crate::pipeline::Worker;
-use crate::plan::{self, Device, Plan, PlanRequest, WireDtype};
+use crate::plan::{self, Plan, WireDtype};
+use crate::planning;
 use crate::progress::Progress;
 use crate::prompts::{self, Prompts};
-use crate::report::{self, RankReport, Report};
+use crate::report::{self, Measured, RankReport, Report};
 use crate::request::{AnswerWriter, Identity, Tally, WriteError, Written};
 use crate::schedule::Schedule;
 use crate::sequence::Rules;
@@ -19,19 +21,15 @@ use crate::tokenizer::{Tokenizer, TokenizerError};
 use crate::transport::{self, MpiTransport, Transport};
 use crate::wait::{self, Interrupted};
 use crate::wire::PROTOCOL_VERSION;
-use anyhow::{Context, Result, anyhow};
+use anyhow::{Context, Result, anyhow, bail};
 use serde::{Deserialize, Serialize};
-use std::path::PathBuf;
-use std::time::{Instant, SystemTime, UNIX_EPOCH};
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 use tracing::info;
 
-/// Sequences in flight.
-pub const SEQUENCES: u64 = 1;
-/// What to say when nothing names a model.
-pub const NO_MODEL: &str =
-    "no model given; use --model DIR_OR_ID, a cluster file with `model_name`, or MLX_PIPE_MODEL";
-/// Context where neither the user nor the model says less, tokens.
-const DEFAULT_CONTEXT_TOKENS: u64 = 4096;
+/// How long the ranks wait for each other to say who they are. Later waits have no limit: a download or a
+/// slow disk takes as long as it takes, and MPI notices a rank that has died.
+const MEETING_LIMIT: Duration = Duration::from_secs(120);
 
 /// Generates for every prompt on standard input. Returns the exit status of the program.
 pub fn run(options: &RunOptions) -> u8 {
@@ -40,7 +38,7 @@ pub fn run(options: &RunOptions) -> u8 {
     let mut transport = match joined {
         Ok(transport) => transport,
         Err(error) => {
-            eprintln!("mlx-pipe: {error:#}");
+            tell(&format!("mlx-pipe: {error:#}\n"));
             return 1;
         }
     };
@@ -62,31 +60,34 @@ fn generate(
     let rank = transport.rank();
     let cluster = Cluster::meet(options, transport)?;
     let files = open_model(&cluster, transport)?;
-    let plan = make_plan(options, &cluster, &files)?;
-    compare(&cluster, &files, &plan, transport)?;
+    compare_files(&cluster, &files, transport)?;
+    let plan = make_plan(options, &cluster, &files);
+    let plan = agree::all_succeeded(transport, plan)?;
+    compare_plans(&cluster, &plan, transport)?;
+    let rules = rules(options, &files, &plan, rank);
+    let rules = agree::all_succeeded(transport, rules)?;
     if rank == 0 {
-        eprint!("{}", plan::plan_table(&plan));
+        tell(&plan::plan_table(&plan));
     }
     let (stage, mut report) = load(&cluster, &files, &plan, rank, started)?;
     agree::all_succeeded(transport, Ok(()))?;
 
     let mut worker = Worker::new(&mut *transport, stage);
-    let outcome = match rank {
-        0 => Some(lead(options, &cluster, &files, &plan, &mut worker)?),
-        _ => {
+    let outcome = match &rules {
+        Some(rules) => Some(lead(options, &cluster, rules, &mut worker)?),
+        None => {
             worker.follow()?;
             None
         }
     };
     report = report.with_counters(worker.counters);
     report.peak_rss_bytes = report::peak_rss_bytes();
-    let ranks = agree::gather(transport, Ok(report))?;
+    let ranks = agree::gather(transport, Ok(report), None)?;
     match outcome {
         None => Ok(0),
         Some((written, measured)) => {
             let report = Report {
                 plan: &plan,
-                plan_hash: plan.fingerprint_hex(),
                 ranks,
                 measured,
                 written,
@@ -123,39 +124,72 @@ impl Place {
 struct Introduction {
     version: String,
     place: Place,
-    /// Text of the cluster file, and what names a model; those of rank 0 count.
-    cluster_file: Option<String>,
+    plan_options: String,
+    /// Path and text of the cluster file, and what names a model; those of rank 0 count.
+    cluster_file: Option<(PathBuf, String)>,
     model: Option<String>,
     model_of_environment: Option<String>,
 }
 
+impl Introduction {
+    fn of(options: &RunOptions, rank: usize) -> Result<Self> {
+        stage::use_device(options.model.device.into()).map_err(Usage::of)?;
+        let mut cluster_file = None;
+        if rank == 0 {
+            if let Some(path) = &options.model.cluster {
+                let text = ClusterFile::read_text(path).map_err(Usage::of)?;
+                cluster_file = Some((path.clone(), text));
+            }
+            options.report.as_deref().map(try_report).transpose()?;
+        }
+        Ok(Self {
+            version: format!(
+                "{} (protocol {PROTOCOL_VERSION})",
+                env!("CARGO_PKG_VERSION")
+            ),
+            place: Place {
+                profile: cluster::probe_local()?,
+                device: stage::device_kind()?.to_owned(),
+            },
+            plan_options: options.model.plan_options(),
+            cluster_file,
+            model: options.model.model.clone(),
+            model_of_environment: cli::model_of_environment(),
+        })
+    }
+}
+
+/// A report that cannot be written is better known before the run than after it.
+fn try_report(path: &Path) -> Result<()> {
+    std::fs::File::create(path)
+        .map(|_| ())
+        .map_err(|error| Usage::of(anyhow!("--report {}: {error}", path.display())))
+}
+
 impl Cluster {
     fn meet(options: &RunOptions, transport: &mut MpiTransport) -> Result<Self, Failure> {
-        let local = introduce(options, transport.rank());
-        let all = agree::gather(transport, local)?;
-        let hosts = all.iter().map(|other| other.place.host());
-        let versions = all.iter().map(|other| other.version.as_str());
+        let local = Introduction::of(options, transport.rank());
+        let all = agree::gather(transport, local, Some(MEETING_LIMIT))?;
+        let each = |field: fn(&Introduction) -> &String| {
+            let values = all
+                .iter()
+                .map(move |rank| (rank.place.host(), field(rank).as_str()));
+            values.collect::<Vec<_>>()
+        };
         agree::same_on_all(
             "version of mlx-pipe",
-            hosts.zip(versions),
-            "copy the same binary to every host",
+            each(|rank| &rank.version),
+            "build the same commit on every host",
         )?;
-        let first = all.first().context("a run has a rank 0")?;
-        let file = match (&first.cluster_file, &options.model.cluster) {
-            (Some(text), Some(path)) => Some(
-                ClusterFile::parse(path, text)
-                    .map_err(|error| Failure::of_all(error).as_usage())?,
-            ),
-            _ => None,
-        };
-        let asked = first.model.clone();
-        let named = file.as_ref().and_then(|file| file.model_name.clone());
-        let model = asked
-            .or(named)
-            .or_else(|| first.model_of_environment.clone())
-            .ok_or_else(|| Failure::of_all(anyhow!(NO_MODEL)).as_usage())?;
+        agree::same_on_all(
+            "options for the plan",
+            each(|rank| &rank.plan_options),
+            "start all ranks with the same ones",
+        )?;
+        let chosen = all.first().context("a run has a rank 0").and_then(choose);
+        let (file, model) = agree::all_succeeded(transport, chosen)?;
         Ok(Self {
-            ranks: all.into_iter().map(|other| other.place).collect(),
+            ranks: all.into_iter().map(|rank| rank.place).collect(),
             file,
             model,
         })
@@ -168,44 +202,51 @@ impl Cluster {
             false => WireDtype::F32,
         }
     }
+
+    /// A value of each rank, with the rank's host.
+    fn by_host<'a>(&'a self, values: &'a [String]) -> impl Iterator<Item = (&'a str, &'a str)> {
+        let hosts = self.ranks.iter().map(Place::host);
+        hosts.zip(values.iter().map(String::as_str))
+    }
 }
 
-fn introduce(options: &RunOptions, rank: usize) -> Result<Introduction> {
-    let place = Place {
-        profile: cluster::probe_local()?,
-        device: stage::device_kind()?.to_owned(),
+/// The cluster file and the model that rank 0 named.
+fn choose(first: &Introduction) -> Result<(Option<ClusterFile>, String)> {
+    let file = match &first.cluster_file {
+        Some((path, text)) => Some(ClusterFile::parse(path, text).map_err(Usage::of)?),
+        None => None,
     };
-    let cluster_file = match &options.model.cluster {
-        Some(path) if rank == 0 => Some(ClusterFile::read_text(path)?),
-        _ => None,
-    };
-    Ok(Introduction {
-        version: format!(
-            "{} (protocol {PROTOCOL_VERSION})",
-            env!("CARGO_PKG_VERSION")
-        ),
-        place,
-        cluster_file,
-        model: options.model.model.clone(),
-        model_of_environment: cli::model_of_environment(),
-    })
+    let model = planning::choose_model(
+        first.model.clone(),
+        file.as_ref().and_then(|file| file.model_name.clone()),
+        first.model_of_environment.clone(),
+    )?;
+    Ok((file, model))
 }
 
 /// Finds the model on every host; where it is missing, the first rank of the host downloads it.
 fn open_model(cluster: &Cluster, transport: &mut MpiTransport) -> Result<ModelFiles, Failure> {
     let rank = transport.rank();
+    let found = agree::gather(transport, hub::find(&cluster.model), None)?;
+    // What is a directory on one host may look like an id on another.
+    let is_directory = found
+        .iter()
+        .any(|found| matches!(found, Found::Directory(_)));
     let host = |rank: usize| cluster.ranks[rank].host();
     let is_first_on_host = (0..rank).all(|other| host(other) != host(rank));
-    let found = hub::find(&cluster.model).and_then(|found| match found {
+    let dir = match &found[rank] {
+        Found::Directory(dir) | Found::Cached(dir) => Ok(Some(dir.clone())),
+        Found::NotCached(id) if is_directory => Err(Usage::of(anyhow!(
+            "no directory \"{id}\" on this host, though there is one on others; copy the model to every host"
+        ))),
         Found::NotCached(id) if is_first_on_host => {
             info!(id, "downloading");
-            Ok(Some(hub::download(&id)?))
+            hub::download(id).map(Some)
         }
         Found::NotCached(_) => Ok(None),
-        Found::Here(dir) => Ok(Some(dir)),
-    });
-    let here = agree::all_succeeded(transport, found)?;
-    let opened = resolve_again(here, &cluster.model).and_then(|dir| ModelFiles::open(&dir));
+    };
+    let dir = agree::all_succeeded(transport, dir)?;
+    let opened = resolve_again(dir, &cluster.model).and_then(|dir| ModelFiles::open(&dir));
     agree::all_succeeded(transport, opened)
 }
 
@@ -214,87 +255,75 @@ fn resolve_again(here: Option<PathBuf>, model: &str) -> Result<PathBuf> {
     match here {
         Some(dir) => Ok(dir),
         None => match hub::find(model)? {
-            Found::Here(dir) => Ok(dir),
-            Found::NotCached(id) => {
-                Err(anyhow!("{id} is still not in the cache after its download"))
-            }
+            Found::Directory(dir) | Found::Cached(dir) => Ok(dir),
+            Found::NotCached(id) => bail!("{id} is still not in the cache after its download"),
         },
     }
 }
 
-fn make_plan(options: &RunOptions, cluster: &Cluster, files: &ModelFiles) -> Result<Plan, Failure> {
-    let wire_dtype = cluster.wire_dtype(files);
-    let gathered: Vec<DeviceProfile> = cluster
+/// The same configuration and tensors on all ranks, or an error that says who differs.
+fn compare_files(
+    cluster: &Cluster,
+    files: &ModelFiles,
+    transport: &mut MpiTransport,
+) -> Result<(), Failure> {
+    let copy = "copy the same model directory to every host";
+    let configs = agree::gather(transport, Ok(files.config_hash.clone()), None)?;
+    agree::same_on_all("config.json", cluster.by_host(&configs), copy)?;
+    let tensors = agree::gather(transport, Ok(files.tensor_hash()), None)?;
+    agree::same_on_all("weights", cluster.by_host(&tensors), copy)
+}
+
+fn make_plan(options: &RunOptions, cluster: &Cluster, files: &ModelFiles) -> Result<Plan> {
+    let profiles: Vec<DeviceProfile> = cluster
         .ranks
         .iter()
         .map(|place| place.profile.clone())
         .collect();
-    let assigned = cluster::assign(cluster.file.as_ref(), &gathered)
-        .map_err(|error| Failure::of_all(error).as_usage())?;
-    let devices: Vec<Device> = assigned
-        .iter()
-        .map(|rank| rank.plan_device(options.model.memory_limit))
-        .collect();
-    let context_tokens = context_tokens(options.model.context, files)
-        .map_err(|error| Failure::of_all(error).as_usage())?;
-    plan::plan(&PlanRequest {
-        shape: &files.shape(wire_dtype),
-        devices: &devices,
-        strategy: options.model.strategy(),
-        context_tokens,
-        sequences: SEQUENCES,
-        wire_dtype,
-    })
-    .map_err(Failure::of_all)
+    let ranks = cluster::assign(cluster.file.as_ref(), &profiles).map_err(Usage::of)?;
+    planning::make_plan(&options.model, &ranks, files, cluster.wire_dtype(files))
 }
 
-/// The context asked for, at most the model's.
-pub fn context_tokens(asked: Option<u64>, files: &ModelFiles) -> Result<u64> {
-    let longest = files.architecture.family.context_tokens as u64;
-    match asked {
-        None => Ok(longest.min(DEFAULT_CONTEXT_TOKENS)),
-        Some(asked) if asked <= longest => Ok(asked),
-        Some(asked) => Err(anyhow!(
-            "--context {asked} is more than the {longest} tokens that the model was made for"
-        )),
-    }
-}
-
-/// What must be equal on all ranks before a tensor is read.
-#[derive(Serialize, Deserialize)]
-struct Fingerprints {
-    config: String,
-    tensors: String,
-    plan: String,
-}
-
-fn compare(
+fn compare_plans(
     cluster: &Cluster,
-    files: &ModelFiles,
     plan: &Plan,
     transport: &mut MpiTransport,
 ) -> Result<(), Failure> {
-    let local = Fingerprints {
-        config: files.config_hash.clone(),
-        tensors: files.tensor_hash(),
-        plan: plan.fingerprint_hex(),
-    };
-    let all = agree::gather(transport, Ok(local))?;
-    let host = |rank: usize| cluster.ranks[rank].host();
-    let each = |field: fn(&Fingerprints) -> &String| {
-        all.iter()
-            .enumerate()
-            .map(move |(rank, prints)| (host(rank), field(prints).as_str()))
-            .collect::<Vec<_>>()
-    };
-    let copy = "copy the same model directory to every host";
-    agree::same_on_all("config.json", each(|prints| &prints.config), copy)?;
-    agree::same_on_all("weights", each(|prints| &prints.tensors), copy)?;
+    let plans = agree::gather(transport, Ok(plan.fingerprint_hex()), None)?;
     agree::same_on_all(
         "plan",
-        each(|prints| &prints.plan),
-        "run the same version on every host",
+        cluster.by_host(&plans),
+        "build the same commit on every host",
     )
+}
+
+/// What sequences need to know, on rank 0.
+fn rules(
+    options: &RunOptions,
+    files: &ModelFiles,
+    plan: &Plan,
+    rank: usize,
+) -> Result<Option<Rules>> {
+    if rank != 0 {
+        return Ok(None);
+    }
+    let tokenizer = match Tokenizer::load(&files.dir, now_s() as i64) {
+        Ok(tokenizer) => Some(tokenizer),
+        Err(TokenizerError::Missing { .. }) => None,
+        Err(error) => return Err(error.into()),
+    };
+    let mut end_ids = files.end_ids.clone();
+    if end_ids.is_empty() {
+        end_ids.extend(tokenizer.as_ref().and_then(Tokenizer::eos_token_id));
+    }
+    Ok(Some(Rules {
+        tokenizer,
+        raw: options.raw,
+        context_tokens: plan.context_tokens as usize,
+        vocab_size: files.architecture.vocab_size,
+        end_ids,
+        seed: options.sampling.seed,
+    }))
 }
 
 /// Loads this rank's slice.
@@ -304,33 +333,25 @@ fn load(
     plan: &Plan,
     rank: usize,
     started: Instant,
-) -> Result<(Stage, RankReport), Failure> {
+) -> Result<(Stage, RankReport)> {
     let part = &plan.stages[rank];
-    let (stage, consumed) = Stage::load(files, part, plan.wire_dtype).with_context(|| {
-        format!(
-            "loading layers {}-{}",
-            part.layers.start,
-            part.layers.end - 1
-        )
-    })?;
+    let layers = format!("{}-{}", part.layers.start, part.layers.end - 1);
+    let (stage, consumed) = Stage::load(files, part, plan.wire_dtype)
+        .with_context(|| format!("loading layers {layers}"))?;
     if consumed.bytes != part.footprint.weights_bytes() {
-        return Err(anyhow!(
+        bail!(
             "{} bytes of weights were planned for this rank, but {} were loaded",
             part.footprint.weights_bytes(),
             consumed.bytes
-        )
-        .into());
+        );
     }
-    let place = &cluster.ranks[rank];
     let load_s = started.elapsed().as_secs_f64();
     info!(
         tensors = consumed.tensors,
         bytes = consumed.bytes,
-        load_s,
-        "loaded layers {}-{}",
-        part.layers.start,
-        part.layers.end - 1
+        "loaded layers {layers}"
     );
+    let place = &cluster.ranks[rank];
     let report = RankReport {
         host: place.host().to_owned(),
         device: place.device.clone(),
@@ -345,60 +366,30 @@ fn load(
 fn lead(
     options: &RunOptions,
     cluster: &Cluster,
-    files: &ModelFiles,
-    plan: &Plan,
+    rules: &Rules,
     worker: &mut Worker<&mut MpiTransport, Stage>,
-) -> Result<(Written, report::Measured), Failure> {
-    let now_s = SystemTime::now()
-        .duration_since(UNIX_EPOCH)
-        .map_or(0, |since| since.as_secs());
-    let rules = rules(options, files, plan, now_s)?;
+) -> Result<(Written, Measured)> {
     let identity = Identity {
         model: cluster.model.clone(),
-        created_s: now_s,
+        created_s: now_s(),
     };
     let requests = prompts::read_requests(prompts::standard_input(), options.sampling.defaults());
     let writer = AnswerWriter::new(std::io::stdout(), options.format.into(), identity);
-    let mut prompts = Prompts::new(requests, &rules, writer, Progress::new());
+    let mut prompts = Prompts::new(requests, rules, writer, Progress::new());
     let mut schedule = Schedule::new(options.prefill_chunk as usize);
     worker.lead(&mut schedule, &mut prompts, options.step_limit())?;
-    Ok(prompts.finish()?)
+    prompts.finish()
 }
 
-fn rules(options: &RunOptions, files: &ModelFiles, plan: &Plan, now_s: u64) -> Result<Rules> {
-    let tokenizer = match Tokenizer::load(&files.dir, now_s as i64) {
-        Ok(tokenizer) => Some(tokenizer),
-        Err(TokenizerError::Missing { .. }) => None,
-        Err(error) => return Err(error.into()),
-    };
-    let mut end_ids = files.end_ids.clone();
-    if end_ids.is_empty() {
-        end_ids.extend(tokenizer.as_ref().and_then(Tokenizer::eos_token_id));
-    }
-    Ok(Rules {
-        tokenizer,
-        raw: options.raw,
-        context_tokens: plan.context_tokens as usize,
-        vocab_size: files.architecture.vocab_size,
-        end_ids,
-        seed: options.sampling.seed,
-    })
-}
-
-/// The status of a run that got to its end. One without a prompt was surely not meant.
-fn exit_status(tally: Tally) -> u8 {
-    if tally.answered + tally.failed == 0 {
-        eprintln!(
-            "mlx-pipe: no prompts on standard input; give one a line, such as: echo \"Hello\" | mlx-pipe --model ..."
-        );
-        return 2;
-    }
-    tally.exit_status()
+/// Seconds since 1970.
+fn now_s() -> u64 {
+    let since = SystemTime::now().duration_since(UNIX_EPOCH);
+    since.map_or(0, |since| since.as_secs())
 }
 
 /// Prints the report, and writes it where it was asked for.
 fn publish(options: &RunOptions, report: &Report) -> Result<()> {
-    eprint!("{}", report.to_table());
+    tell(&report.to_table());
     if let Some(path) = &options.report {
         let text = serde_json::to_string_pretty(&report.to_json())?;
         std::fs::write(path, text + "\n")
@@ -407,30 +398,45 @@ fn publish(options: &RunOptions, report: &Report) -> Result<()> {
     Ok(())
 }
 
+/// The status of a run that got to its end. One without a prompt was surely not meant.
+fn exit_status(tally: Tally) -> u8 {
+    if tally.answered + tally.failed == 0 {
+        tell(
+            "mlx-pipe: no prompts on standard input; give one a line, such as: \
+             echo \"Hello\" | mlx-pipe --model ...\n",
+        );
+        return 2;
+    }
+    tally.exit_status()
+}
+
 /// Says what went wrong and ends this rank, and if need be the others. Returns the exit status.
 fn end(failure: Failure, rank: usize) -> u8 {
-    let interrupted = failure.error.downcast_ref::<Interrupted>();
-    let status = interrupted.map_or(failure.status, |by| 128 + by.signal as u8);
+    let error = &failure.error;
+    let interrupted = error.downcast_ref::<Interrupted>();
+    let status = match interrupted {
+        Some(by) => 128 + by.signal as u8,
+        None => agree::exit_status(error),
+    };
     match failure.known_to {
         KnownTo::All => {
             if rank == 0 {
-                eprintln!("mlx-pipe: {:#}", failure.error);
+                tell(&format!("mlx-pipe: {error:#}\n"));
             }
             transport::limit_ending(status.into());
             status
         }
         KnownTo::ThisRank => {
-            let written = failure.error.downcast_ref::<WriteError>();
+            let written = error.downcast_ref::<WriteError>();
             // Nobody reads the output any more, as with `| head`; or the launcher ends the job, and has
             // said why.
             let is_known = matches!(written, Some(WriteError::Closed { .. }))
                 || (cli::is_launched() && interrupted.is_some_and(|by| by.from_parent));
             if !is_known {
-                eprintln!(
-                    "mlx-pipe: rank {rank} on {}: {:#}",
-                    MpiTransport::host(),
-                    failure.error
-                );
+                tell(&format!(
+                    "mlx-pipe: rank {rank} on {}: {error:#}\n",
+                    MpiTransport::host()
+                ));
             }
             transport::abort(status.into())
         }
@@ -439,13 +445,12 @@ fn end(failure: Failure, rank: usize) -> u8 {
 
 /// A panic is a bug of ours, but must not leave the other ranks waiting.
 fn end_job_on_panic(rank: usize) {
-    let tell = std::panic::take_hook();
     std::panic::set_hook(Box::new(move |panic| {
-        eprintln!(
-            "mlx-pipe: rank {rank} on {}: this is a bug:",
-            MpiTransport::host()
-        );
-        tell(panic);
+        tell(&format!(
+            "mlx-pipe: rank {rank} on {}: this is a bug: {panic}\n{}",
+            MpiTransport::host(),
+            std::backtrace::Backtrace::capture()
+        ));
         transport::abort(1);
     }));
 }
@@ -457,11 +462,11 @@ fn log_to_stderr(verbose: u8, rank: usize, started: Instant) {
         _ => tracing::Level::DEBUG,
     };
     let place = format!("rank {rank} {}", MpiTransport::host());
+    // It fails only if there is a logger already, which then does as well.
     let _ = tracing_subscriber::fmt()
         .with_max_level(level)
         .with_writer(std::io::stderr)
-        .with_target(false)
         .with_ansi(false)
-        .event_format(crate::log::RankFormat::new(place, started))
+        .event_format(RankFormat::new(place, started))
         .try_init();
 }

@@ -225,7 +225,35 @@ impl Compute for Stage {
     }
 }
 
+/// What this rank computes on.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum DeviceChoice {
+    /// The GPU where MLX finds one, else the CPU.
+    Auto,
+    /// The CPU.
+    Cpu,
+    /// The GPU.
+    Gpu,
+}
+
+/// Makes MLX compute on the device chosen, for all that follows in this process.
+///
+/// # Errors
+/// A GPU is asked for where MLX finds none.
+pub fn use_device(choice: DeviceChoice) -> Result<()> {
+    match choice {
+        DeviceChoice::Auto => {}
+        DeviceChoice::Cpu => Device::set_default(&Device::cpu()),
+        DeviceChoice::Gpu if device_kind()? == "gpu" => {}
+        DeviceChoice::Gpu => bail!("--device gpu, but MLX finds no GPU on this host"),
+    }
+    Ok(())
+}
+
 /// The device that MLX computes on here: `cpu` or `gpu`.
+///
+/// # Errors
+/// MLX cannot tell.
 pub fn device_kind() -> Result<&'static str> {
     Ok(match Device::try_default()?.get_type()? {
         DeviceType::Cpu => "cpu",

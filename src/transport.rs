@@ -41,15 +41,13 @@ pub trait Transport {
     /// The oldest shared bytes not yet taken, if they have come.
     fn try_shared(&mut self) -> Result<Option<Vec<u8>>>;
 
-    /// Every rank's bytes, in rank order, on every rank. Waits for all ranks.
-    fn gather_all(&mut self, bytes: &[u8]) -> Result<Vec<Vec<u8>>>;
+    /// Every rank's bytes, in rank order, on every rank. Waits for all ranks, for `limit` at most.
+    fn gather_all(&mut self, bytes: &[u8], limit: Option<Duration>) -> Result<Vec<Vec<u8>>>;
 
     /// Waits until everything sent has left.
     fn flush(&mut self) -> Result<()>;
 }
 
-/// How long ranks wait for each other while the run is set up or ended; weights load in this time too.
-const GATHER_LIMIT: Duration = Duration::from_secs(600);
 const FLUSH_LIMIT: Duration = Duration::from_secs(60);
 /// How long MPI may take to end.
 const ENDING_LIMIT: Duration = Duration::from_secs(3);
@@ -135,8 +133,8 @@ impl<T: Transport> Transport for &mut T {
         (**self).try_shared()
     }
 
-    fn gather_all(&mut self, bytes: &[u8]) -> Result<Vec<Vec<u8>>> {
-        (**self).gather_all(bytes)
+    fn gather_all(&mut self, bytes: &[u8], limit: Option<Duration>) -> Result<Vec<Vec<u8>>> {
+        (**self).gather_all(bytes, limit)
     }
 
     fn flush(&mut self) -> Result<()> {
@@ -203,8 +201,8 @@ impl Transport for MpiTransport {
         Ok(taken)
     }
 
-    fn gather_all(&mut self, bytes: &[u8]) -> Result<Vec<Vec<u8>>> {
-        let lengths = self.gather_equal((bytes.len() as u64).to_le_bytes().to_vec())?;
+    fn gather_all(&mut self, bytes: &[u8], limit: Option<Duration>) -> Result<Vec<Vec<u8>>> {
+        let lengths = self.gather_equal((bytes.len() as u64).to_le_bytes().to_vec(), limit)?;
         let lengths: Vec<usize> = lengths
             .chunks_exact(8)
             .map(|length| u64::from_le_bytes(length.try_into().expect("chunks of eight")) as usize)
@@ -212,7 +210,7 @@ impl Transport for MpiTransport {
         let longest = lengths.iter().copied().max().unwrap_or(0);
         let mut padded = bytes.to_vec();
         padded.resize(longest, 0);
-        let all = self.gather_equal(padded)?;
+        let all = self.gather_equal(padded, limit)?;
         Ok(lengths
             .iter()
             .enumerate()
@@ -231,50 +229,55 @@ impl Transport for MpiTransport {
 
 impl MpiTransport {
     /// Gathers equally long bytes of all ranks on all ranks.
-    fn gather_equal(&mut self, bytes: Vec<u8>) -> Result<Vec<u8>> {
+    fn gather_equal(&mut self, bytes: Vec<u8>, limit: Option<Duration>) -> Result<Vec<u8>> {
         let total = bytes.len() * self.size();
         check_length(total)?;
         if total == 0 {
             return Ok(Vec::new());
         }
-        let sent: &'static mut [u8] = Box::leak(bytes.into_boxed_slice());
-        let sent_pointer: *mut [u8] = sent;
+        let sent = Box::into_raw(bytes.into_boxed_slice());
         let world = &self.world;
         let mut request = Some(OwnedRequest::start(vec![0; total], |buffer| {
-            world.immediate_all_gather_into(StaticScope, &*sent, buffer)
+            // SAFETY: the pointer comes from a box that is freed below once the request is complete,
+            // and otherwise never; nothing writes to it.
+            let sent: &'static [u8] = unsafe { &*sent };
+            world.immediate_all_gather_into(StaticScope, sent, buffer)
         }));
-        let gathered = wait::until("the other ranks", Some(GATHER_LIMIT), || {
+        let gathered = wait::until("the other ranks", limit, || {
             Ok(take_if_complete(&mut request))
         })?;
-        // SAFETY: the pointer came from `Box::leak` above, and the request that read it is complete.
-        // (After an error it stays leaked: MPI may still read it.)
-        drop(unsafe { Box::from_raw(sent_pointer) });
+        // SAFETY: from `Box::into_raw` above, and the request that read it is complete. (After an error
+        // it stays leaked: MPI may still read it.)
+        drop(unsafe { Box::from_raw(sent) });
         Ok(gathered)
     }
 }
 
 /// A request in flight together with the buffer that it reads or fills.
 struct OwnedRequest {
-    /// `None` once complete. What the request refers to is the buffer.
-    request: Option<StaticRequest>,
+    request: Box<dyn Pending>,
+    /// From `Box::into_raw`; freed once the request is complete.
     buffer: *mut [u8],
 }
 
-/// The data that a request names differs by call; only its completion matters here.
-type StaticRequest = Box<dyn Pending>;
-
-/// A request whose completion can be asked for.
+/// A request whose completion can be asked for; what data it names differs by call.
 trait Pending {
-    /// `None` once complete.
-    fn poll(self: Box<Self>) -> Option<StaticRequest>;
+    /// Whether the request has completed; asks MPI unless it is known.
+    fn is_complete(&mut self) -> bool;
+
+    /// Gives up a request that has not completed: dropping one would panic.
+    fn forget(&mut self);
 }
 
-impl<D: ?Sized> Pending for Request<'static, D, StaticScope> {
-    fn poll(self: Box<Self>) -> Option<StaticRequest> {
-        match self.test() {
-            Ok(_) => None,
-            Err(pending) => Some(Box::new(pending)),
-        }
+/// `None` once complete.
+impl<D: ?Sized> Pending for Option<Request<'static, D, StaticScope>> {
+    fn is_complete(&mut self) -> bool {
+        *self = self.take().and_then(|request| request.test().err());
+        self.is_none()
+    }
+
+    fn forget(&mut self) {
+        std::mem::forget(self.take());
     }
 }
 
@@ -284,28 +287,29 @@ impl OwnedRequest {
         buffer: Vec<u8>,
         start: impl FnOnce(&'static mut [u8]) -> Request<'static, D, StaticScope>,
     ) -> Self {
-        let leaked: &'static mut [u8] = Box::leak(buffer.into_boxed_slice());
-        let buffer: *mut [u8] = leaked;
+        let buffer = Box::into_raw(buffer.into_boxed_slice());
+        // SAFETY: the pointer comes from a box that is freed only once the request is complete, and
+        // nothing else touches it until then.
+        let request = start(unsafe { &mut *buffer });
         Self {
-            request: Some(Box::new(start(leaked))),
+            request: Box::new(Some(request)),
             buffer,
         }
     }
 
     fn is_complete(&mut self) -> bool {
-        self.request = self.request.take().and_then(Pending::poll);
-        self.request.is_none()
+        self.request.is_complete()
     }
 }
 
 impl Drop for OwnedRequest {
     fn drop(&mut self) {
-        match self.request.take() {
-            // SAFETY: the pointer came from `Box::leak`, and the request that used it is complete.
-            None => drop(unsafe { Box::from_raw(self.buffer) }),
-            // Dropped in flight: only on the way to `abort`. MPI may still use the buffer, so it
-            // stays, and so does the request (dropping it would panic).
-            Some(request) => std::mem::forget(request),
+        if self.is_complete() {
+            // SAFETY: from `Box::into_raw`, and the request that used it is complete.
+            drop(unsafe { Box::from_raw(self.buffer) });
+        } else {
+            // Dropped in flight: only on the way to `abort`. MPI may still use the buffer, so it stays.
+            self.request.forget();
         }
     }
 }
@@ -316,9 +320,10 @@ fn take_if_complete(slot: &mut Option<OwnedRequest>) -> Option<Vec<u8>> {
         return None;
     }
     let mut request = slot.take()?;
-    let buffer = std::mem::replace(&mut request.buffer, Box::leak(Box::default()));
-    // SAFETY: the pointer came from `Box::leak`, the request is complete, and the empty slice put in
-    // its place is what `drop` frees.
+    let empty: Box<[u8]> = Box::default();
+    let buffer = std::mem::replace(&mut request.buffer, Box::into_raw(empty));
+    // SAFETY: from `Box::into_raw`, the request is complete, and the empty slice put in its place is what
+    // `drop` frees.
     Some(unsafe { Box::from_raw(buffer) }.into_vec())
 }
 
@@ -337,13 +342,13 @@ pub fn abort(code: i32) -> ! {
     if mpi::environment::is_initialized() && !mpi::environment::is_finalized() {
         SimpleCommunicator::world().abort(code);
     }
-    std::process::exit(code);
+    wait::end_now(code)
 }
 
 /// Makes sure that the process ends soon, with this exit status, whatever MPI waits for.
 pub fn limit_ending(code: i32) {
     std::thread::spawn(move || {
         std::thread::sleep(ENDING_LIMIT);
-        std::process::exit(code);
+        wait::end_now(code)
     });
 }

@@ -2,6 +2,7 @@
 //! cores, or its power, between ranks this slows the ones that compute. So nothing here blocks inside
 //! MPI: a condition is polled, at first at once, then after yielding, then after growing pauses.
 
+use crate::log::tell;
 use anyhow::{Result, bail};
 use signal_hook::iterator::SignalsInfo;
 use signal_hook::iterator::exfiltrator::WithOrigin;
@@ -52,17 +53,26 @@ pub fn end_on_signals() -> Result<()> {
             // SAFETY: `getppid` has no preconditions.
             let parent = unsafe { libc::getppid() };
             FROM_PARENT.store(sender == Some(parent), Ordering::SeqCst);
-            let code = 128 + origin.signal;
-            if SIGNAL.swap(origin.signal as usize, Ordering::SeqCst) != 0 {
-                std::process::exit(code);
+            let signal = origin.signal;
+            if SIGNAL.swap(signal as usize, Ordering::SeqCst) != 0 {
+                end_now(128 + signal);
             }
             thread::spawn(move || {
                 thread::sleep(END_WITHIN);
-                std::process::exit(code);
+                tell(&format!(
+                    "mlx-pipe: ended by signal {signal} in the middle of a computation\n"
+                ));
+                end_now(128 + signal)
             });
         }
     });
     Ok(())
+}
+
+/// Ends the process at once: no destructors, which might wait for a computation of another thread.
+pub fn end_now(code: i32) -> ! {
+    // SAFETY: `_exit` has no preconditions.
+    unsafe { libc::_exit(code) }
 }
 
 /// An error if a signal asked this process to end.
@@ -105,11 +115,27 @@ impl Patience {
         self.since.elapsed()
     }
 
-    /// Lets time pass after a poll that found nothing.
+    /// Lets time pass after a poll that found nothing; longer where nothing has happened for long.
     ///
     /// # Errors
     /// [`Interrupted`] once a signal came.
     pub fn pause(&mut self) -> Result<(), Interrupted> {
+        let longest = match self.elapsed() > IDLE_AFTER {
+            true => IDLE_PAUSE,
+            false => LONGEST_PAUSE,
+        };
+        self.pause_up_to(longest)
+    }
+
+    /// As [`Self::pause`] while an answer is known to be due: never long, however long it takes.
+    ///
+    /// # Errors
+    /// [`Interrupted`] once a signal came.
+    pub fn pause_for_answer(&mut self) -> Result<(), Interrupted> {
+        self.pause_up_to(LONGEST_PAUSE)
+    }
+
+    fn pause_up_to(&mut self, longest: Duration) -> Result<(), Interrupted> {
         self.polls = self.polls.saturating_add(1);
         check_signals()?;
         if self.polls < EAGER_POLLS {
@@ -117,17 +143,14 @@ impl Patience {
         } else if self.polls < 2 * EAGER_POLLS {
             thread::yield_now();
         } else {
-            thread::sleep(self.next_pause());
+            thread::sleep(self.next_pause(longest));
         }
         Ok(())
     }
 
-    fn next_pause(&self) -> Duration {
-        if self.elapsed() > IDLE_AFTER {
-            return IDLE_PAUSE;
-        }
-        let doublings = ((self.polls - 2 * EAGER_POLLS) / 8).min(8);
-        Duration::from_micros(10 << doublings).min(LONGEST_PAUSE)
+    fn next_pause(&self, longest: Duration) -> Duration {
+        let doublings = ((self.polls - 2 * EAGER_POLLS) / 8).min(16);
+        Duration::from_micros(10 << doublings).min(longest)
     }
 }
 
@@ -187,9 +210,10 @@ mod tests {
         for _ in 0..10_000 {
             patience.polls += 1;
             if patience.polls >= 2 * EAGER_POLLS {
-                assert!(patience.next_pause() <= LONGEST_PAUSE);
+                assert!(patience.next_pause(LONGEST_PAUSE) <= LONGEST_PAUSE);
             }
         }
-        assert_eq!(patience.next_pause(), LONGEST_PAUSE);
+        assert_eq!(patience.next_pause(LONGEST_PAUSE), LONGEST_PAUSE);
+        assert_eq!(patience.next_pause(IDLE_PAUSE), IDLE_PAUSE);
     }
 }

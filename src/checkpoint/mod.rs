@@ -111,11 +111,9 @@ impl Checkpoint {
             .map(|(name, info)| (name.as_str(), info))
     }
 
-    /// Bytes of all tensors, headers not counted.
-    pub fn total_bytes(&self) -> u64 {
-        self.tensors
-            .values()
-            .fold(0, |sum, info| sum.saturating_add(info.bytes()))
+    /// The weight file that holds the tensor `name`, for messages; `None` if the checkpoint lacks it.
+    pub fn file_holding(&self, name: &str) -> Option<&Path> {
+        self.get(name).map(|info| self.path_of(info))
     }
 
     /// SHA-256 of every tensor's name, dtype, shape, file name and place, and of every file's

@@ -19,6 +19,20 @@ pub enum ImportError {
         /// What the system said.
         cause: io::Error,
     },
+    /// What was named is there and no file.
+    #[error("{} is {found}; expected one file, such as model.gguf", path.display())]
+    NotAFile {
+        /// What was named.
+        path: PathBuf,
+        /// What it is.
+        found: &'static str,
+    },
+    /// The GGUF file has no bytes.
+    #[error("{}: the file is empty; download it again", path.display())]
+    Empty {
+        /// The GGUF file.
+        path: PathBuf,
+    },
     /// The GGUF file's contents cannot be imported.
     #[error("{}: {cause}", path.display())]
     Model {

@@ -61,6 +61,7 @@ pub fn import(gguf: &Path, out_dir: &Path) -> Result<Summary, ImportError> {
         path: gguf.to_owned(),
         cause: Box::new(cause),
     };
+    output::refuse_occupied(out_dir)?;
     let file = map(gguf)?;
     let source = Gguf::parse(&file).map_err(|cause| in_model(cause.into()))?;
     let checkpoint = Checkpoint::plan(&source).map_err(in_model)?;
@@ -80,6 +81,16 @@ fn map(path: &Path) -> Result<Mmap, ImportError> {
         path: path.to_owned(),
         cause,
     };
+    let metadata = std::fs::metadata(path).map_err(read_error)?;
+    if !metadata.is_file() {
+        let found = if metadata.is_dir() { "a directory" } else { "not a regular file" };
+        let path = path.to_owned();
+        return Err(ImportError::NotAFile { path, found });
+    }
+    if metadata.len() == 0 {
+        let path = path.to_owned();
+        return Err(ImportError::Empty { path });
+    }
     let file = File::open(path).map_err(read_error)?;
     // SAFETY: the map is read-only and private to this call; the promise that nobody shortens or rewrites the file
     // meanwhile is the caller's, as for every program that maps a model.

@@ -165,7 +165,11 @@ fn write_error(path: &Path, cause: io::Error) -> ImportError {
     }
 }
 
-fn refuse_occupied(dir: &Path) -> Result<(), ImportError> {
+/// Looks whether an import may write into `dir`, before the work for it is done.
+///
+/// # Errors
+/// [`ImportError::Occupied`] if it holds a checkpoint or a part of one; [`ImportError::Write`] if it cannot be read.
+pub fn refuse_occupied(dir: &Path) -> Result<(), ImportError> {
     let entries = match fs::read_dir(dir) {
         Ok(entries) => entries,
         Err(cause) if cause.kind() == io::ErrorKind::NotFound => return Ok(()),

@@ -165,7 +165,7 @@ impl Architecture {
     /// # Errors
     /// A field missing, of the wrong type, or asking for what this version lacks.
     pub fn read(config: &Value, has_tensor: impl Fn(&str) -> bool) -> Result<Self, ConfigError> {
-        let fields = Fields::top(config)?;
+        let fields = Fields::top(config, "config.json")?;
         let model_type = fields.text("model_type")?;
         let family = match model_type {
             "llama" => llama::family(&fields)?,
@@ -177,6 +177,7 @@ impl Architecture {
                 });
             }
         };
+        refuse_unsupported(&fields)?;
         let head_count = fields.size("num_attention_heads")?;
         check_heads(&fields, head_count, &family)?;
         let builder = Builder {
@@ -271,20 +272,68 @@ pub(super) fn head_dim_or_derived(fields: &Fields) -> Result<usize, ConfigError>
     }
 }
 
+/// Refuses what would change the answers and is not implemented. A `sliding_window` alone is none of it:
+/// without `layer_types` or `use_sliding_window`, mlx-lm computes full attention too.
+fn refuse_unsupported(fields: &Fields) -> Result<(), ConfigError> {
+    refuse_sliding_window(fields)?;
+    refuse_two_quantizations(fields)?;
+    for name in ["attn_logit_softcapping", "final_logit_softcapping"] {
+        if fields.value(name).is_some() {
+            return Err(fields.unsupported(name, "capped logits"));
+        }
+    }
+    if fields.flag_or("rope_traditional", false)? {
+        return Err(fields.unsupported("rope_traditional", "interleaved rotary pairs"));
+    }
+    let rope_parameters = fields.object("rope_parameters")?;
+    for place in [Some(fields), rope_parameters.as_ref()].into_iter().flatten() {
+        if place.positive_or("partial_rotary_factor", 1.0)? != 1.0 {
+            let what = "rotary positions on a part of each head";
+            return Err(place.unsupported("partial_rotary_factor", what));
+        }
+    }
+    match fields.text_or_none("hidden_act")? {
+        None | Some("silu") => Ok(()),
+        Some(other) => {
+            Err(fields.unsupported("hidden_act", format!("the activation \"{other}\"")))
+        }
+    }
+}
+
 /// Refuses layers that see only a window of the past.
-pub(super) fn refuse_sliding_window(fields: &Fields) -> Result<(), ConfigError> {
-    let sliding = fields
-        .value("layer_types")
-        .and_then(Value::as_array)
-        .is_some_and(|types| types.iter().any(|kind| kind != "full_attention"));
-    if sliding {
-        return Err(fields.unsupported("layer_types", "layers without full attention"));
+fn refuse_sliding_window(fields: &Fields) -> Result<(), ConfigError> {
+    if let Some(value) = fields.value("layer_types") {
+        let types = value.as_array().map(Vec::as_slice).unwrap_or_default();
+        if !value.is_array() || !types.iter().all(Value::is_string) {
+            return Err(fields.wrong("layer_types", value, "a list of strings"));
+        }
+        if let Some(other) = types.iter().find(|kind| *kind != "full_attention") {
+            return Err(fields.unsupported("layer_types", format!("layers of {other}")));
+        }
     }
     if fields.flag_or("use_sliding_window", false)? {
         return Err(fields.unsupported("use_sliding_window", "sliding-window attention"));
     }
-    if fields.flag_or("rope_traditional", false)? {
-        return Err(fields.unsupported("rope_traditional", "interleaved rotary pairs"));
+    Ok(())
+}
+
+/// Converters write the same object under both names; two that differ leave open which one the weights
+/// were made with.
+fn refuse_two_quantizations(fields: &Fields) -> Result<(), ConfigError> {
+    let (Some(ours), Some(other)) = (
+        fields.object("quantization")?,
+        fields.object("quantization_config")?,
+    ) else {
+        return Ok(());
+    };
+    for name in ["bits", "group_size"] {
+        let (expected, found) = (ours.value(name), other.value(name));
+        if let (Some(expected), Some(found)) = (expected, found)
+            && expected != found
+        {
+            let what = format!("{found} where `quantization.{name}` says {expected}");
+            return Err(other.unsupported(name, what));
+        }
     }
     Ok(())
 }
@@ -297,10 +346,14 @@ fn read_rope_scaling(fields: &Fields) -> Result<RopeScaling, ConfigError> {
             None => return Ok(RopeScaling::None),
         },
     };
-    let kind = match scaling.text_or_none("type")? {
-        Some(kind) => kind,
-        None => scaling.text_or_none("rope_type")?.unwrap_or("default"),
-    };
+    let (old_name, new_name) = (scaling.text_or_none("type")?, scaling.text_or_none("rope_type")?);
+    if let (Some(old), Some(new)) = (old_name, new_name)
+        && old != new
+    {
+        let what = format!("\"{new}\" where `type` says \"{old}\"");
+        return Err(scaling.unsupported("rope_type", what));
+    }
+    let kind = old_name.or(new_name).unwrap_or("default");
     match kind {
         "default" => Ok(RopeScaling::None),
         "linear" => Ok(RopeScaling::Linear {

@@ -1,4 +1,4 @@
-//! Typed access to the fields of a `config.json`, so that every complaint names the file, the field,
+//! Typed access to the fields of a `config.json` or `generation_config.json`, so that every complaint names the file, the field,
 //! what was expected and what stands there. Pure: knows JSON, not arrays.
 
 use serde_json::{Map, Value};
@@ -7,16 +7,20 @@ use serde_json::{Map, Value};
 #[derive(Debug, thiserror::Error, PartialEq)]
 pub enum ConfigError {
     /// A field that has no default is not there.
-    #[error("config.json: the field `{field}` is missing; expected {expected}")]
+    #[error("{file}: the field `{field}` is missing; expected {expected}")]
     Missing {
+        /// The file.
+        file: &'static str,
         /// Name of the field, with the objects that hold it.
         field: String,
         /// What the field should be.
         expected: &'static str,
     },
     /// A field holds something else than its type or range.
-    #[error("config.json: `{field}` is {found}; expected {expected}")]
+    #[error("{file}: `{field}` is {found}; expected {expected}")]
     Wrong {
+        /// The file.
+        file: &'static str,
         /// Name of the field, with the objects that hold it.
         field: String,
         /// The JSON text found, shortened.
@@ -31,8 +35,10 @@ pub enum ConfigError {
         found: String,
     },
     /// A feature that would change the answers is asked for and not implemented.
-    #[error("config.json: `{field}` asks for {what}, which this version does not implement")]
+    #[error("{file}: `{field}` asks for {what}, which this version does not implement")]
     Unsupported {
+        /// The file.
+        file: &'static str,
         /// Name of the field.
         field: String,
         /// The feature.
@@ -46,21 +52,24 @@ pub enum ConfigError {
 /// Sizes above this are mistakes or attacks, not models.
 const LARGEST_SIZE: u64 = 1 << 31;
 
-/// The fields of one JSON object, with its path for messages (empty for the top level).
+/// The fields of one JSON object, with its file and path for messages (empty for the top level).
 pub struct Fields<'a> {
+    file: &'static str,
     path: String,
     object: &'a Map<String, Value>,
 }
 
 impl<'a> Fields<'a> {
-    /// The top level of a configuration; an error if it is not a JSON object.
-    pub fn top(config: &'a Value) -> Result<Self, ConfigError> {
+    /// The top level of the configuration in `file`; an error if it is not a JSON object.
+    pub fn top(config: &'a Value, file: &'static str) -> Result<Self, ConfigError> {
         let object = config.as_object().ok_or_else(|| ConfigError::Wrong {
+            file,
             field: "(top level)".into(),
             found: shortened(config),
             expected: "a JSON object".into(),
         })?;
         Ok(Self {
+            file,
             path: String::new(),
             object,
         })
@@ -76,6 +85,7 @@ impl<'a> Fields<'a> {
         match self.value(name) {
             None => Ok(None),
             Some(Value::Object(object)) => Ok(Some(Fields {
+                file: self.file,
                 path: self.full(name),
                 object,
             })),
@@ -159,6 +169,7 @@ impl<'a> Fields<'a> {
     /// The error for a field that is there but wrong.
     pub fn wrong(&self, name: &str, found: &Value, expected: impl Into<String>) -> ConfigError {
         ConfigError::Wrong {
+            file: self.file,
             field: self.full(name),
             found: shortened(found),
             expected: expected.into(),
@@ -168,13 +179,16 @@ impl<'a> Fields<'a> {
     /// The error for a feature that this version lacks.
     pub fn unsupported(&self, name: &str, what: impl Into<String>) -> ConfigError {
         ConfigError::Unsupported {
+            file: self.file,
             field: self.full(name),
             what: what.into(),
         }
     }
 
-    fn missing(&self, name: &str, expected: &'static str) -> ConfigError {
+    /// The error for a field that is not there.
+    pub fn missing(&self, name: &str, expected: &'static str) -> ConfigError {
         ConfigError::Missing {
+            file: self.file,
             field: self.full(name),
             expected,
         }

@@ -4,13 +4,12 @@
 use super::architecture::Architecture;
 use super::generation::end_of_sequence_ids;
 use super::inventory::Inventory;
+use crate::bounded_file;
 use crate::checkpoint::Checkpoint;
 use crate::plan::{ModelShape, WireDtype};
 use anyhow::{Context, Result, bail};
 use serde_json::Value;
 use sha2::{Digest, Sha256};
-use std::fs::File;
-use std::io::Read;
 use std::path::{Path, PathBuf};
 
 /// Configurations above this are not configurations.
@@ -40,21 +39,16 @@ impl ModelFiles {
     /// No configuration, weights that are not there or not whole, or the two not belonging together.
     pub fn open(dir: &Path) -> Result<Self> {
         let in_dir = || format!("model directory {}", dir.display());
-        let Some(bytes) = read_config(&dir.join("config.json")).with_context(in_dir)? else {
+        let Some((config, config_hash)) = read_config(dir, "config.json")? else {
             bail!(
                 "{} has no config.json; expected a checkpoint directory in MLX's form",
                 dir.display()
             );
         };
-        let config = parse(&bytes, "config.json").with_context(in_dir)?;
-        let generation = read_config(&dir.join("generation_config.json"))
-            .and_then(|bytes| {
-                bytes
-                    .map(|bytes| parse(&bytes, "generation_config.json"))
-                    .transpose()
-            })
-            .with_context(in_dir)?;
+        let generation = read_config(dir, "generation_config.json")?.map(|(json, _)| json);
         let end_ids = end_of_sequence_ids(&config, generation.as_ref()).with_context(in_dir)?;
+        // Opening the checkpoint would wait for ever if this were a pipe.
+        bounded_file::is_regular(&dir.join("model.safetensors.index.json"))?;
         let checkpoint = Checkpoint::open(dir)?;
         let architecture = Architecture::read(&config, |name| checkpoint.get(name).is_some())
             .with_context(in_dir)?;
@@ -65,7 +59,7 @@ impl ModelFiles {
             inventory,
             checkpoint,
             end_ids,
-            config_hash: hex(&Sha256::digest(&bytes)),
+            config_hash,
         })
     }
 
@@ -77,7 +71,7 @@ impl ModelFiles {
 
     /// What names, shapes and places of all tensors hash to, in hexadecimal.
     pub fn tensor_hash(&self) -> String {
-        hex(&self.checkpoint.fingerprint())
+        hex::encode(self.checkpoint.fingerprint())
     }
 
     /// The dtype that a GPU computes this model in: that of its final norm.
@@ -91,27 +85,12 @@ impl ModelFiles {
     }
 }
 
-/// The file's bytes, `None` if it is not there.
-fn read_config(path: &Path) -> Result<Option<Vec<u8>>> {
-    let file = match File::open(path) {
-        Ok(file) => file,
-        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(None),
-        Err(error) => return Err(error).with_context(|| format!("opening {}", path.display())),
+/// A configuration and the SHA-256 of its bytes, in hexadecimal; `None` if it is not there.
+fn read_config(dir: &Path, name: &str) -> Result<Option<(Value, String)>> {
+    let Some(bytes) = bounded_file::read(&dir.join(name), LARGEST_CONFIG_BYTES)? else {
+        return Ok(None);
     };
-    let mut bytes = Vec::new();
-    file.take(LARGEST_CONFIG_BYTES + 1)
-        .read_to_end(&mut bytes)
-        .with_context(|| format!("reading {}", path.display()))?;
-    if bytes.len() as u64 > LARGEST_CONFIG_BYTES {
-        bail!("{} is over {LARGEST_CONFIG_BYTES} bytes", path.display());
-    }
-    Ok(Some(bytes))
-}
-
-fn parse(bytes: &[u8], name: &str) -> Result<Value> {
-    serde_json::from_slice(bytes).with_context(|| format!("{name} is not JSON"))
-}
-
-fn hex(bytes: &[u8]) -> String {
-    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
+    let config = serde_json::from_slice(&bytes)
+        .with_context(|| format!("model directory {}: {name} is not JSON", dir.display()))?;
+    Ok(Some((config, hex::encode(Sha256::digest(&bytes)))))
 }

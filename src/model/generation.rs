@@ -12,8 +12,9 @@ pub fn end_of_sequence_ids(
     config: &Value,
     generation_config: Option<&Value>,
 ) -> Result<Vec<u32>, ConfigError> {
-    for source in generation_config.into_iter().chain([config]) {
-        let fields = Fields::top(source)?;
+    let generation_config = generation_config.map(|json| (json, "generation_config.json"));
+    for (json, file) in generation_config.into_iter().chain([(config, "config.json")]) {
+        let fields = Fields::top(json, file)?;
         let Some(value) = fields.value("eos_token_id") else {
             continue;
         };
@@ -29,4 +30,32 @@ pub fn end_of_sequence_ids(
             });
     }
     Ok(Vec::new())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::json;
+
+    #[test]
+    fn generation_config_goes_before_config() {
+        let config = json!({"eos_token_id": 1});
+        let ids = |generation: Value| end_of_sequence_ids(&config, Some(&generation)).unwrap();
+        assert_eq!(ids(json!({"eos_token_id": [2, 3]})), [2, 3]);
+        assert_eq!(ids(json!({"eos_token_id": null})), [1]);
+        assert_eq!(end_of_sequence_ids(&config, None).unwrap(), [1]);
+        assert!(end_of_sequence_ids(&json!({}), None).unwrap().is_empty());
+    }
+
+    #[test]
+    fn a_bad_id_is_blamed_on_the_file_that_holds_it() {
+        let (good, bad) = (json!({}), json!({"eos_token_id": "</s>"}));
+        let message = |config: &Value, generation: &Value| {
+            let error = end_of_sequence_ids(config, Some(generation)).unwrap_err();
+            error.to_string()
+        };
+        assert!(message(&good, &bad).starts_with("generation_config.json: `eos_token_id`"));
+        assert!(message(&bad, &good).starts_with("config.json: `eos_token_id`"));
+        assert!(message(&good, &json!([])).starts_with("generation_config.json: `(top level)`"));
+    }
 }

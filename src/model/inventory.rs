@@ -2,11 +2,12 @@
 //! right shape and dtype, nothing else is, and how many bytes each part of the model weighs. Reads
 //! headers only; this is what the plan counts with.
 
-use super::architecture::{Architecture, HeadSpec, TensorSpec};
+use super::architecture::{Architecture, ElementKind, HeadSpec, TensorSpec};
 use super::weights::allowed_dtypes;
-use crate::checkpoint::Checkpoint;
+use crate::checkpoint::{Checkpoint, TensorInfo};
 use crate::plan::{Head, ModelShape, Stage};
 use anyhow::{Result, bail};
+use safetensors::Dtype;
 use std::collections::BTreeSet;
 
 /// The tensors of each part of the model, all of them proven to be in the checkpoint.
@@ -120,12 +121,13 @@ impl Inventory {
             .collect();
         if let Some(first) = left.first() {
             bail!(
-                "the checkpoint holds {} tensor(s) that a {} model of {} layers has no use for, the first is \
-                 `{first}`; config.json and the weights do not belong together, or this version lacks a \
-                 feature of the model",
-                left.len(),
+                "{}`{first}` is a tensor that a {} model of {} layers has no use for ({} such in all); \
+                 config.json and the weights do not belong together, or this version lacks a feature of the \
+                 model",
+                place(first, checkpoint),
                 architecture.model_type,
                 architecture.layers.len(),
+                left.len(),
             );
         }
         Ok(())
@@ -139,29 +141,73 @@ fn is_redundant(name: &str, tied: bool) -> bool {
 }
 
 fn check_tensor(spec: &TensorSpec, checkpoint: &Checkpoint) -> Result<()> {
-    let Some(info) = checkpoint.get(&spec.name) else {
+    let name = &spec.name;
+    let Some(info) = checkpoint.get(name) else {
         bail!(
-            "the checkpoint has no tensor `{}` (expected shape {:?}); config.json and the weights do not \
-             belong together, or a file is missing",
-            spec.name,
+            "{}the checkpoint has no tensor `{name}` (expected shape {:?}); config.json and the weights do \
+             not belong together, or a file is missing",
+            place_of_sibling(name, checkpoint),
             spec.shape
         );
     };
+    refuse_codes_without_format(spec, info, checkpoint)?;
     if info.shape != spec.shape {
         bail!(
-            "tensor `{}` has shape {:?}, but config.json makes it {:?}; they do not belong together",
-            spec.name,
+            "{}tensor `{name}` has shape {:?}, but config.json makes it {:?}; they do not belong together",
+            place(name, checkpoint),
             info.shape,
             spec.shape
         );
     }
     if !allowed_dtypes(spec.kind).contains(&info.dtype) {
         bail!(
-            "tensor `{}` has dtype {}, expected one of {:?}",
-            spec.name,
+            "{}tensor `{name}` has dtype {}, expected one of {:?}",
+            place(name, checkpoint),
             info.dtype,
             allowed_dtypes(spec.kind)
         );
     }
     Ok(())
+}
+
+/// A matrix of packed codes where plain numbers are expected is no wrong shape: what says how to read it is
+/// not there.
+fn refuse_codes_without_format(
+    spec: &TensorSpec,
+    info: &TensorInfo,
+    checkpoint: &Checkpoint,
+) -> Result<()> {
+    let expects_numbers = spec.kind == ElementKind::Float && spec.shape.len() == 2;
+    let module = spec.name.strip_suffix(".weight");
+    let Some(module) = module.filter(|_| expects_numbers && info.dtype == Dtype::U32) else {
+        return Ok(());
+    };
+    let place = place(&spec.name, checkpoint);
+    let scales = format!("{module}.scales");
+    if checkpoint.get(&scales).is_none() {
+        bail!(
+            "{place}the checkpoint has no tensor `{scales}`, without which the codes of `{}` mean nothing; a \
+             file is missing, or the weights were damaged: download or convert the model again",
+            spec.name
+        );
+    }
+    bail!(
+        "{place}`{}` holds quantised codes, but config.json does not say how `{module}` is quantised \
+         (`quantization`); they do not belong together",
+        spec.name
+    );
+}
+
+/// The file that holds a tensor, to begin a message with; empty if no file does.
+fn place(name: &str, checkpoint: &Checkpoint) -> String {
+    let path = checkpoint.file_holding(name);
+    path.map_or_else(String::new, |path| format!("{}: ", path.display()))
+}
+
+/// The file that holds other tensors of the module that a missing one belongs to.
+fn place_of_sibling(name: &str, checkpoint: &Checkpoint) -> String {
+    let module = name.rsplit_once('.').map_or(name, |(module, _)| module);
+    let siblings = ["weight", "scales", "biases", "bias"].map(|part| format!("{module}.{part}"));
+    let places = siblings.iter().map(|sibling| place(sibling, checkpoint));
+    places.into_iter().find(|place| !place.is_empty()).unwrap_or_default()
 }

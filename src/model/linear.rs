@@ -5,7 +5,8 @@ use super::architecture::{LinearSpec, NormSpec};
 use super::quantization::Affine;
 use super::weights::Weights;
 use anyhow::Result;
-use mlx_rs::ops::{dequantize, matmul, quantized_matmul};
+use mlx_rs::ops::indexing::TryIndexOp;
+use mlx_rs::ops::{concatenate, dequantize, matmul, quantized_matmul};
 use mlx_rs::{Array, Dtype, fast};
 
 /// A weight in the form in which the checkpoint holds it.
@@ -57,7 +58,7 @@ impl Linear {
     /// `x`: `[tokens, inputs]` -> `[tokens, outputs]`, in the dtype of `x`.
     pub fn forward(&self, x: &Array) -> Result<Array> {
         let product = match &self.weight {
-            Weight::Plain { weight } => matmul(x, weight.as_dtype(x.dtype())?.t())?,
+            Weight::Plain { weight } => product(x, weight)?,
             Weight::Quantized {
                 weight,
                 scales,
@@ -96,6 +97,30 @@ impl Linear {
                 affine.bits as i32,
             )?),
         }
+    }
+}
+
+/// Elements of a weight that are converted to another dtype at a time.
+const CONVERTED_AT_ONCE: i32 = 1 << 23;
+
+/// `x W^T`. A weight of another dtype is converted a block of rows at a time: a whole copy in 32 bits of a
+/// head in 16 is over a gigabyte for a large vocabulary, which no plan has counted.
+fn product(x: &Array, weight: &Array) -> Result<Array> {
+    if weight.dtype() == x.dtype() {
+        return Ok(matmul(x, weight.t())?);
+    }
+    let (outputs, inputs) = (weight.dim(0), weight.dim(1));
+    let block = (CONVERTED_AT_ONCE / inputs).max(1);
+    let parts = (0..outputs)
+        .step_by(block as usize)
+        .map(|row| {
+            let rows = weight.try_index((row..outputs.min(row + block), ..))?;
+            Ok(matmul(x, rows.as_dtype(x.dtype())?.t())?)
+        })
+        .collect::<Result<Vec<_>>>()?;
+    match parts.len() {
+        1 => Ok(parts.into_iter().next().expect("there is one")),
+        _ => Ok(concatenate(&parts, -1)?),
     }
 }
 

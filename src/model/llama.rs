@@ -1,12 +1,11 @@
 //! `model_type: llama`: no norms on queries and keys; biases only where the configuration says so;
 //! tied head and 10 000 as rotary base by default (the defaults of mlx-lm's `models/llama.py`).
 
-use super::architecture::{Family, head_dim_or_derived, refuse_sliding_window, rope_theta};
+use super::architecture::{Family, head_dim_or_derived, rope_theta};
 use super::fields::{ConfigError, Fields};
 
 /// What a llama configuration fixes.
 pub fn family(fields: &Fields) -> Result<Family, ConfigError> {
-    refuse_sliding_window(fields)?;
     let attention_bias = fields.flag_or("attention_bias", false)?;
     Ok(Family {
         head_dim: head_dim_or_derived(fields)?,

@@ -110,7 +110,7 @@ impl Transport for LocalTransport {
         Ok(Some(bytes))
     }
 
-    fn gather_all(&mut self, _: &[u8]) -> Result<Vec<Vec<u8>>> {
+    fn gather_all(&mut self, _: &[u8], _: Option<Duration>) -> Result<Vec<Vec<u8>>> {
         unreachable!("the loop does not gather")
     }
 

@@ -1,9 +1,8 @@
-//! The plan as bytes for the fingerprint that ranks compare, and as JSON for the report.
+//! The plan as bytes, for the fingerprint that ranks compare.
 //!
 //! The bytes are spelled out here and do not go through `Hash`, `Debug` or serde, all of which may
 //! change with a compiler or a crate: ranks built apart must still agree.
 
-use serde::{Serialize, Serializer};
 use sha2::{Digest, Sha256};
 
 use super::{Footprint, Plan, Stage};
@@ -35,10 +34,7 @@ impl Plan {
 
     /// [`Plan::fingerprint`] in 64 hexadecimal digits.
     pub fn fingerprint_hex(&self) -> String {
-        self.fingerprint()
-            .iter()
-            .map(|byte| format!("{byte:02x}"))
-            .collect()
+        hex::encode(self.fingerprint())
     }
 }
 
@@ -88,76 +84,5 @@ impl Encoder {
             kv_bytes,
         ];
         parts.into_iter().for_each(|bytes| self.number(bytes));
-    }
-}
-
-/// The report's `plan` object.
-#[derive(Serialize)]
-struct PlanJson<'a> {
-    strategy: &'static str,
-    chosen: &'static str,
-    hash: String,
-    wire_dtype: &'static str,
-    layer_count: usize,
-    context_tokens: u64,
-    sequences: u64,
-    model_bytes: u64,
-    weights_bytes: u64,
-    total_bytes: u64,
-    memory_saved_bytes: u64,
-    balance: f64,
-    ranks: Vec<StageJson<'a>>,
-}
-
-/// One entry of the plan's `ranks`.
-#[derive(Serialize)]
-struct StageJson<'a> {
-    rank: usize,
-    host: &'a str,
-    /// First and last layer, both included.
-    layers: [usize; 2],
-    owns: &'static [&'static str],
-    planned_bytes: u64,
-    footprint: Footprint,
-    memory_limit_bytes: u64,
-    share_of_step: f64,
-}
-
-impl Serialize for Plan {
-    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
-        let stages = self.stages.iter().enumerate();
-        let json = PlanJson {
-            strategy: self.strategy.name(),
-            chosen: self.chosen.name(),
-            hash: self.fingerprint_hex(),
-            wire_dtype: self.wire_dtype.name(),
-            layer_count: self.layer_count,
-            context_tokens: self.context_tokens,
-            sequences: self.sequences,
-            model_bytes: self.model_bytes,
-            weights_bytes: self.weights_bytes(),
-            total_bytes: self.total_bytes(),
-            memory_saved_bytes: self.memory_saved_bytes(),
-            balance: self.balance(),
-            ranks: stages
-                .map(|(rank, stage)| self.stage_json(rank, stage))
-                .collect(),
-        };
-        json.serialize(serializer)
-    }
-}
-
-impl Plan {
-    fn stage_json<'a>(&self, rank: usize, stage: &'a Stage) -> StageJson<'a> {
-        StageJson {
-            rank,
-            host: &stage.device.name,
-            layers: [stage.layers.start, stage.layers.end.saturating_sub(1)],
-            owns: stage.role.owns(),
-            planned_bytes: stage.footprint.weights_bytes(),
-            footprint: stage.footprint,
-            memory_limit_bytes: stage.device.memory_limit_bytes,
-            share_of_step: self.share_of_step(stage),
-        }
     }
 }

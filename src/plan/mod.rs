@@ -8,7 +8,7 @@
 //! Reading order: this file (types and entry), `footprint` (what a stage holds and costs),
 //! `strategy` (where each strategy cuts), `balance` (the exact searches behind the strategies),
 //! `validate` (coverage and ownership), `shortfall` (what would fit when this does not),
-//! `encode` (fingerprint and JSON), `table` (for people).
+//! `encode` (fingerprint), `table` (for people).
 
 mod balance;
 mod encode;
@@ -28,6 +28,7 @@ use footprint::Ledger;
 pub use footprint::{Footprint, StageTime};
 pub use shortfall::{RankNeed, Shortfall};
 pub use strategy::{LayerRanges, ParseLayersError, ParseStrategyError, Strategy};
+use table::counted;
 pub use table::{memory_table, plan_table};
 pub use validate::{CoverError, check_cover, validate};
 
@@ -311,8 +312,10 @@ pub enum PlanError {
     },
     /// Some rank would get no layer.
     #[error(
-        "{ranks} ranks for {layers} layers: every rank needs at least one layer; start at most \
-         {layers} ranks (mpirun -np {layers})"
+        "{} for {}: every rank needs at least one layer; start at most {} (mpirun -np {layers})",
+        counted(*ranks as u64, "rank"),
+        counted(*layers as u64, "layer"),
+        counted(*layers as u64, "rank")
     )]
     MoreRanksThanLayers {
         /// Ranks.
@@ -347,6 +350,20 @@ pub enum PlanError {
     /// Some rank is over its memory limit however the strategy cuts.
     #[error(transparent)]
     DoesNotFit(#[from] Box<Shortfall>),
+}
+
+impl PlanError {
+    /// Whether the command line or the number of ranks is wrong, whatever the hosts: bad usage.
+    pub fn is_usage(&self) -> bool {
+        match self {
+            Self::NoRanks | Self::MoreRanksThanLayers { .. } | Self::Cover(_) => true,
+            Self::NoLayers
+            | Self::TooManyLayers { .. }
+            | Self::ZeroSpeed { .. }
+            | Self::TooLarge { .. }
+            | Self::DoesNotFit(_) => false,
+        }
+    }
 }
 
 /// Makes the plan. The same request gives the same plan on every machine.

@@ -8,7 +8,7 @@ use std::ops::Range;
 
 use super::footprint::Ledger;
 use super::strategy::can_fit;
-use super::table::{Align, Table, gigabytes, printable};
+use super::table::{Align, Table, counted, printable, size};
 use super::{Device, PlanRequest, Strategy};
 
 /// One rank of a cut that does not fit.
@@ -99,14 +99,15 @@ impl Shortfall {
         }
         if let Some(sequences) = self.max_sequences {
             lines.push(format!(
-                "{sequences} sequence(s) with --context {}",
+                "{} with --context {}",
+                counted(sequences, "sequence"),
                 self.context_tokens
             ));
         }
         if let Some(context_tokens) = self.max_context_tokens {
             lines.push(format!(
-                "--context {context_tokens} at {} sequence(s)",
-                self.sequences
+                "--context {context_tokens} at {}",
+                counted(self.sequences, "sequence")
             ));
         }
         if let Some(hosts) = self.host_count {
@@ -126,19 +127,19 @@ impl fmt::Display for Shortfall {
             .iter()
             .filter(|rank| rank.lack_bytes() > 0)
             .count();
-        let (ranks, context_tokens, sequences) =
-            (self.ranks.len(), self.context_tokens, self.sequences);
+        let ranks = counted(self.ranks.len() as u64, "rank");
+        let (context_tokens, sequences) = (self.context_tokens, self.sequences);
         let cut = match &self.strategy {
             Strategy::Manual(ranges) => format!("cut by hand: --layers {ranges}"),
             strategy => format!("`{strategy}` finds no cut that fits; the nearest one:"),
         };
         writeln!(
             f,
-            "the model does not fit: {over} of {ranks} ranks over their memory limit"
+            "the model does not fit: {over} of {ranks} over the memory limit"
         )?;
         writeln!(
             f,
-            "context {context_tokens}, sequences {sequences}; GB = 1e9 bytes\n{cut}\n"
+            "context {context_tokens}, sequences {sequences}; MB = 1e6, GB = 1e9 bytes\n{cut}\n"
         )?;
         write!(f, "{}", self.table())?;
         let remedies = self.remedies();
@@ -161,9 +162,9 @@ impl Shortfall {
             ("rank", Align::Right),
             ("host", Align::Left),
             ("layers", Align::Left),
-            ("needs GB", Align::Right),
-            ("limit GB", Align::Right),
-            ("lacks GB", Align::Right),
+            ("needs", Align::Right),
+            ("limit", Align::Right),
+            ("lacks", Align::Right),
         ]);
         for (rank, need) in self.ranks.iter().enumerate() {
             let lack_bytes = need.lack_bytes();
@@ -171,12 +172,12 @@ impl Shortfall {
                 rank.to_string(),
                 printable(&need.name),
                 super::strategy::ShowLayers(&need.layers).to_string(),
-                gigabytes(need.need_bytes),
-                gigabytes(need.limit_bytes),
+                size(need.need_bytes),
+                size(need.limit_bytes),
                 if lack_bytes == 0 {
                     "-".to_owned()
                 } else {
-                    gigabytes(lack_bytes)
+                    size(lack_bytes)
                 },
             ]);
         }

@@ -25,6 +25,29 @@ pub(super) fn gigabytes(bytes: u64) -> String {
     }
 }
 
+/// Bytes with the unit that suits them: `1.288 GB`, `0.4 MB` below 0.1 GB, `900 B` below 0.1 MB.
+pub(super) fn size(bytes: u64) -> String {
+    const TENTH_OF_MB: u64 = 100_000;
+    const TENTH_OF_GB: u64 = 100_000_000;
+    match bytes {
+        0..TENTH_OF_MB => format!("{bytes} B"),
+        TENTH_OF_MB..TENTH_OF_GB => {
+            let tenths = (bytes + TENTH_OF_MB / 2) / TENTH_OF_MB;
+            format!("{}.{} MB", tenths / 10, tenths % 10)
+        }
+        _ => format!("{} GB", gigabytes(bytes)),
+    }
+}
+
+/// A number with its noun: `1 rank`, `3 ranks`, `2 full copies`.
+pub(super) fn counted(count: u64, noun: &str) -> String {
+    match (count, noun.strip_suffix('y')) {
+        (1, _) => format!("1 {noun}"),
+        (_, Some(stem)) => format!("{count} {stem}ies"),
+        (_, None) => format!("{count} {noun}s"),
+    }
+}
+
 /// `text` with control characters replaced: names come from files and other hosts.
 pub(super) fn printable(text: &str) -> String {
     text.chars()
@@ -188,11 +211,11 @@ fn summary(plan: &Plan) -> String {
     let full_copies_bytes = plan.full_copies_bytes();
     let saved_share = plan.memory_saved_bytes() as f64 / full_copies_bytes.max(1) as f64;
     format!(
-        "balance {}; one model {} GB, {} full copies {} GB\n\
+        "balance {}; one model {} GB, {} {} GB\n\
          memory saved against a full copy on every rank: {} GB ({:.1} %)\n",
         percent(plan.balance()),
         gigabytes(plan.model_bytes),
-        plan.stages.len(),
+        counted(plan.stages.len() as u64, "full copy"),
         gigabytes(full_copies_bytes),
         gigabytes(plan.memory_saved_bytes()),
         saved_share * 100.0,

@@ -6,13 +6,20 @@
 
 use std::ops::Range;
 
+use super::table::counted;
 use super::{Plan, Role};
 
 /// How ranges fail to cover the model's layers once each and in order.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum CoverError {
     /// The number of ranges is not the number of ranks.
-    #[error("{found} layer ranges for {expected} ranks; expected one range a rank")]
+    #[error(
+        "--layers gives {} for {}; give one range a rank, or start {} (mpirun -np {found}, or plan \
+         --ranks {found})",
+        counted(*found as u64, "layer range"),
+        counted(*expected as u64, "rank"),
+        counted(*found as u64, "rank")
+    )]
     RangeCount {
         /// Ranks.
         expected: usize,
@@ -28,7 +35,7 @@ pub enum CoverError {
     /// Layers lie between two ranks and on neither.
     #[error(
         "gap before rank {rank}: it starts at layer {found}, expected layer {expected}; \
-         layers from {expected} to {} are on no rank", found - 1
+         {} on no rank", layers_are(*expected, *found)
     )]
     Gap {
         /// The rank after the gap.
@@ -53,8 +60,9 @@ pub enum CoverError {
     },
     /// The last layers are on no rank.
     #[error(
-        "layers from {found} to {} are on no rank: the model has {expected} layers, the ranges \
-         end with layer {}", expected - 1, found - 1
+        "{} on no rank: the model has {}, the ranges end before layer {found}",
+        layers_are(*found, *expected),
+        counted(*expected as u64, "layer")
     )]
     MissingLast {
         /// Layers of the model.
@@ -64,8 +72,8 @@ pub enum CoverError {
     },
     /// The ranges name layers that the model does not have.
     #[error(
-        "the ranges end with layer {}, but the model has {expected} layers: its last one is {}",
-        found - 1, expected.saturating_sub(1)
+        "the ranges end with layer {}, but the model has {}: its last one is {}",
+        found - 1, counted(*expected as u64, "layer"), expected.saturating_sub(1)
     )]
     BeyondLast {
         /// Layers of the model.
@@ -85,6 +93,14 @@ pub enum CoverError {
         /// What it owns.
         found: &'static [&'static str],
     },
+}
+
+/// `layer 2 is` or `layers 2 to 4 are`, for the layers from `start` to before `end`.
+fn layers_are(start: usize, end: usize) -> String {
+    match end.saturating_sub(1) {
+        last if last <= start => format!("layer {start} is"),
+        last => format!("layers {start} to {last} are"),
+    }
 }
 
 /// Checks that `ranges`, one a rank, cover layers `0..layer_count` once each and in order.

@@ -47,12 +47,12 @@ pub enum ReadError {
     #[error(transparent)]
     Line(#[from] LineError),
     /// The input itself failed; nothing follows.
-    #[error("reading line {line} of the input failed: {source}")]
+    #[error("reading line {line} of the input failed: {cause}")]
     Io {
         /// The line that was being read, 1-based.
         line: usize,
         /// What the system said.
-        source: io::Error,
+        cause: io::Error,
     },
 }
 
@@ -89,11 +89,11 @@ impl<R: BufRead> Iterator for RequestReader<R> {
                 Ok(None) => self.ended = true,
                 Ok(Some(line)) if line.is_blank() => {}
                 Ok(Some(line)) => return Some(self.request(&line).map_err(ReadError::Line)),
-                Err(source) => {
+                Err(cause) => {
                     self.ended = true;
                     return Some(Err(ReadError::Io {
                         line: self.line,
-                        source,
+                        cause,
                     }));
                 }
             }

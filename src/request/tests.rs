@@ -23,7 +23,7 @@ fn read(input: &[u8]) -> Vec<Result<Request, LineError>> {
     let only_lines = |read| match read {
         Ok(request) => Ok(request),
         Err(ReadError::Line(error)) => Err(error),
-        Err(ReadError::Io { source, .. }) => panic!("memory cannot fail: {source}"),
+        Err(ReadError::Io { cause, .. }) => panic!("memory cannot fail: {cause}"),
     };
     RequestReader::new(input, defaults())
         .map(only_lines)
@@ -940,13 +940,6 @@ fn a_request_answered_twice_or_never_is_a_defect_that_is_reported() {
         twice.answer(answer(2, Form::Plain, "c")),
         Err(WriteError::Duplicate { index: 2 })
     ));
-    assert_eq!(
-        twice.tally(),
-        Tally {
-            answered: 1,
-            failed: 0
-        }
-    );
     assert!(matches!(
         twice.finish(),
         Err(WriteError::Missing { index: 1, held: 1 })

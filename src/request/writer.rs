@@ -72,12 +72,12 @@ pub enum WriteError {
         written: usize,
     },
     /// The output failed otherwise, such as a full disk.
-    #[error("writing answer {index} failed: {source}")]
+    #[error("writing answer {index} failed: {cause}")]
     Io {
         /// The request whose turn it was.
         index: usize,
         /// What the system said.
-        source: io::Error,
+        cause: io::Error,
     },
     /// A request was answered twice.
     #[error("request {index} was answered twice; this is a defect of the program")]
@@ -171,7 +171,7 @@ impl<W: Write> AnswerWriter<W> {
         if new.is_empty() {
             return Ok(());
         }
-        self.put(new, true).map_err(|source| self.failed(source))
+        self.put(new, true).map_err(|cause| self.failed(cause))
     }
 
     /// Takes a finished answer; writes it and those that waited for it if its turn has come.
@@ -205,11 +205,6 @@ impl<W: Write> AnswerWriter<W> {
         self.take(error.index, rendered)
     }
 
-    /// Answers and errors written so far; those that are held for their turn are not counted yet.
-    pub fn tally(&self) -> Tally {
-        self.tally
-    }
-
     /// Ends the output.
     ///
     /// # Errors
@@ -223,16 +218,10 @@ impl<W: Write> AnswerWriter<W> {
                 held: self.held.len(),
             });
         }
-        self.output.flush().map_err(|source| self.failed(source))?;
-        let digest = self
-            .digest
-            .finalize()
-            .iter()
-            .map(|byte| format!("{byte:02x}"))
-            .collect();
+        self.output.flush().map_err(|cause| self.failed(cause))?;
         Ok(Written {
             tally: self.tally,
-            digest,
+            digest: hex::encode(self.digest.finalize()),
         })
     }
 
@@ -243,7 +232,7 @@ impl<W: Write> AnswerWriter<W> {
         self.held.insert(index, rendered);
         while let Some(rendered) = self.held.remove(&self.turn.index) {
             self.write(&rendered)
-                .map_err(|source| self.failed(source))?;
+                .map_err(|cause| self.failed(cause))?;
             self.account(rendered);
         }
         Ok(())
@@ -301,14 +290,14 @@ impl<W: Write> AnswerWriter<W> {
         };
     }
 
-    fn failed(&self, source: io::Error) -> WriteError {
-        match source.kind() {
+    fn failed(&self, cause: io::Error) -> WriteError {
+        match cause.kind() {
             io::ErrorKind::BrokenPipe => WriteError::Closed {
                 written: self.tally.answered + self.tally.failed,
             },
             _ => WriteError::Io {
                 index: self.turn.index,
-                source,
+                cause,
             },
         }
     }

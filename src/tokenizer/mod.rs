@@ -17,7 +17,6 @@ mod stream;
 mod tests;
 
 use std::collections::{BTreeMap, HashSet};
-use std::io;
 use std::path::{Path, PathBuf};
 
 use serde::Deserialize;
@@ -25,10 +24,14 @@ use serde_json::Value;
 use tokenizers::DecoderWrapper;
 
 use self::chat::ChatTemplate;
+use crate::bounded_file::{self, FileError};
 use crate::request::{Chat, Prompt, Rejection, RejectionCode};
 
 pub use stop::{Matched, StopMatcher};
 pub use stream::TextStream;
+
+/// Most bytes of a file that are read; the largest vocabularies published take some 40 MB.
+const LARGEST_FILE_BYTES: u64 = 256 << 20;
 
 /// A checkpoint's tokenizer and chat template.
 #[derive(Debug)]
@@ -62,15 +65,10 @@ pub enum TokenizerError {
         path: PathBuf,
     },
     /// A file is there and cannot be read.
-    #[error("reading {} failed: {source}", .path.display())]
-    Read {
-        /// The file.
-        path: PathBuf,
-        /// What the system said.
-        source: io::Error,
-    },
+    #[error(transparent)]
+    File(#[from] FileError),
     /// A file is not what it should be.
-    #[error("{} is not valid: {what}", .path.display())]
+    #[error("{} is not valid: {what}; take it anew from where the checkpoint came from", .path.display())]
     Invalid {
         /// The file.
         path: PathBuf,
@@ -126,7 +124,7 @@ impl Tokenizer {
     ///
     /// # Errors
     ///
-    /// [`TokenizerError::Missing`] without `tokenizer.json`; [`TokenizerError::Read`] and [`TokenizerError::Invalid`] for
+    /// [`TokenizerError::Missing`] without `tokenizer.json`; [`TokenizerError::File`] and [`TokenizerError::Invalid`] for
     /// files that are there and no good. A template that is no good is reported when it is used: `--raw` does without it.
     pub fn load(directory: &Path, now_s: i64) -> Result<Tokenizer, TokenizerError> {
         let path = directory.join("tokenizer.json");
@@ -351,14 +349,7 @@ impl Config {
 
 /// A file's bytes, or `None` if there is no such file.
 fn read(path: &Path) -> Result<Option<Vec<u8>>, TokenizerError> {
-    match std::fs::read(path) {
-        Ok(bytes) => Ok(Some(bytes)),
-        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
-        Err(source) => Err(TokenizerError::Read {
-            path: path.to_owned(),
-            source,
-        }),
-    }
+    Ok(bounded_file::read(path, LARGEST_FILE_BYTES)?)
 }
 
 fn invalid(path: &Path, what: impl ToString) -> TokenizerError {
