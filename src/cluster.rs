@@ -987,10 +987,10 @@ mod tests {
     fn a_file_that_is_missing_or_too_large_is_an_error() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("cluster.json");
-        assert!(matches!(
-            ClusterFile::read(&path),
-            Err(ClusterError::Read { .. })
-        ));
+        let error = ClusterFile::read(&path).unwrap_err();
+        assert!(matches!(error, ClusterError::Read { .. }));
+        let printed = format!("{:#}", anyhow::Error::from(error));
+        assert_eq!(printed.matches("No such file").count(), 1, "{printed}");
         fs::write(&path, " ".repeat(MAX_FILE_BYTES as usize + 1)).unwrap();
         assert!(matches!(
             ClusterFile::read(&path),

@@ -8,7 +8,7 @@ mod common;
 #[path = "../src/import/tests/builder.rs"]
 mod gguf;
 
-use common::{PROGRAM, Ran, golden, mpirun, program, run, token_request};
+use common::{PROGRAM, Ran, golden, mpirun, on_cpu, program, run, token_request};
 use serde_json::{Map, Value, json};
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -32,6 +32,10 @@ const INDEX: &str = "model.safetensors.index.json";
 const SECOND_FILE: &str = "model-00002-of-00002.safetensors";
 const SCALES: &str = "model.layers.2.mlp.gate_proj.scales";
 const CODES: &str = "model.layers.2.mlp.gate_proj.weight";
+
+/// A tokenizer of three words.
+const SMALL_TOKENIZER: &str = r#"{"version": "1.0", "added_tokens": [], "pre_tokenizer": {"type": "Whitespace"},
+    "model": {"type": "WordLevel", "vocab": {"a": 0, "b": 1, "?": 2}, "unk_token": "?"}}"#;
 
 /// A copy of a golden checkpoint, to be damaged.
 struct Checkpoint(TempDir);
@@ -121,7 +125,7 @@ fn in_file_order(header: &Map<String, Value>) -> Vec<String> {
 
 fn on(mut command: Command, model: impl AsRef<std::ffi::OsStr>) -> Command {
     command.arg("--model").arg(model);
-    command
+    on_cpu(command)
 }
 
 /// The program on the undamaged checkpoint.
@@ -328,14 +332,49 @@ fn offsets_beyond_the_end_of_the_file_are_refused() {
 fn a_wrong_shape_is_shown_beside_the_right_one() {
     let copy = Checkpoint::of(ONE_FILE);
     copy.edit_header(|header| header[SCALES]["shape"] = json!([1, 128]));
-    refused(&copy.run(), RUN_FAILED, &[SCALES, "[1, 128]", "[128, 1]"]);
+    refused(
+        &copy.run(),
+        RUN_FAILED,
+        &[WEIGHTS, SCALES, "[1, 128]", "[128, 1]"],
+    );
 }
 
 #[test]
 fn a_wrong_dtype_is_named() {
     let copy = Checkpoint::of(ONE_FILE);
     copy.edit_header(|header| header[CODES]["dtype"] = json!("I32"));
-    refused(&copy.run(), RUN_FAILED, &[CODES, "I32", "U32"]);
+    refused(&copy.run(), RUN_FAILED, &[WEIGHTS, CODES, "I32", "U32"]);
+}
+
+#[test]
+fn missing_scales_are_named_and_not_the_shape_of_the_codes() {
+    let copy = Checkpoint::of(ONE_FILE);
+    copy.edit_header(|header| {
+        let entry = header.remove(SCALES).unwrap();
+        header.insert("model.layers.2.mlp.gate_proj.scale".into(), entry);
+    });
+    let ran = copy.run();
+    refused(
+        &ran,
+        RUN_FAILED,
+        &[WEIGHTS, &format!("no tensor `{SCALES}`"), CODES],
+    );
+    assert!(!ran.stderr.contains("shape"), "{}", ran.stderr);
+}
+
+#[test]
+fn codes_without_a_format_in_the_configuration_say_so() {
+    let copy = Checkpoint::of(ONE_FILE);
+    copy.edit_json("config.json", |config| {
+        let fields = config.as_object_mut().unwrap();
+        fields.remove("quantization").unwrap();
+        fields.remove("quantization_config").unwrap();
+    });
+    refused(
+        &copy.run(),
+        RUN_FAILED,
+        &[WEIGHTS, "quantised codes", "`quantization`", "config.json"],
+    );
 }
 
 #[test]
@@ -365,7 +404,12 @@ fn a_tensor_that_the_model_has_no_use_for_is_named() {
     refused(
         &copy.run(),
         RUN_FAILED,
-        &["no use for", "model.layers.2.mlp.router.weight", "qwen3"],
+        &[
+            WEIGHTS,
+            "no use for",
+            "model.layers.2.mlp.router.weight",
+            "qwen3",
+        ],
     );
 }
 
@@ -441,6 +485,60 @@ fn a_field_of_the_wrong_type_is_shown() {
 }
 
 #[test]
+fn a_feature_that_is_not_there_is_refused_by_its_field() {
+    for (field, value) in [
+        ("hidden_act", json!("gelu")),
+        ("final_logit_softcapping", json!(30.0)),
+        ("use_sliding_window", json!(true)),
+    ] {
+        let copy = Checkpoint::of(ONE_FILE);
+        let words = ["config.json", &format!("`{field}`"), "does not implement"];
+        refused(&copy.set_config(field, value).run(), RUN_FAILED, &words);
+    }
+}
+
+#[test]
+fn a_bad_end_id_is_blamed_on_the_file_that_holds_it() {
+    let copy = Checkpoint::of(ONE_FILE);
+    copy.write("generation_config.json", r#"{"eos_token_id": "x"}"#);
+    let ran = copy.run();
+    let words = "generation_config.json: `eos_token_id` is \"x\"";
+    refused(&ran, RUN_FAILED, &[words]);
+}
+
+/// Makes a named pipe, which nobody writes to.
+fn make_pipe(path: &Path) {
+    let name = std::ffi::CString::new(path.to_str().unwrap()).unwrap();
+    // SAFETY: the name is a string that ends with a zero byte.
+    assert_eq!(unsafe { libc::mkfifo(name.as_ptr(), 0o600) }, 0, "{path:?}");
+}
+
+#[test]
+fn a_pipe_in_place_of_a_file_is_not_waited_for() {
+    for file in [
+        "config.json",
+        "generation_config.json",
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "chat_template.jinja",
+        "chat_template.json",
+        INDEX,
+        WEIGHTS,
+    ] {
+        let copy = Checkpoint::of(ONE_FILE);
+        if file.starts_with("chat") || file == "tokenizer_config.json" {
+            copy.write("tokenizer.json", SMALL_TOKENIZER);
+        }
+        let path = copy.dir().join(file);
+        let _ = std::fs::remove_file(&path);
+        make_pipe(&path);
+        let ran = copy.run();
+        refused(&ran, RUN_FAILED, &[file, "not a regular file"]);
+        assert!(ran.took < GONE_WITHIN, "{file}: took {:?}", ran.took);
+    }
+}
+
+#[test]
 fn a_configuration_that_is_not_json_says_where_it_stops() {
     let copy = Checkpoint::of(ONE_FILE);
     refused(
@@ -467,7 +565,7 @@ fn a_tokenizer_that_is_not_json_names_its_file() {
     refused(
         &copy.write("tokenizer.json", "not JSON").run(),
         RUN_FAILED,
-        &["tokenizer.json", "not valid"],
+        &["tokenizer.json", "not valid", "anew"],
     );
 }
 
@@ -632,8 +730,10 @@ fn empty_input_is_bad_usage() {
 
 #[test]
 fn a_negative_temperature_on_the_command_line_is_bad_usage() {
-    let ran = run(&mut sound(&["--temperature=-1"]), b"");
-    refused(&ran, BAD_USAGE, &["temperature", "0 or more", "found -1"]);
+    for arguments in [&["--temperature=-1"][..], &["--temperature", "-1"]] {
+        let ran = run(&mut sound(arguments), b"");
+        refused(&ran, BAD_USAGE, &["temperature", "0 or more", "found -1"]);
+    }
 }
 
 #[test]
@@ -663,7 +763,7 @@ fn a_model_that_does_not_exist_is_named() {
     let ran = run(&mut on(program(), "/no/such/model"), b"");
     refused(
         &ran,
-        RUN_FAILED,
+        BAD_USAGE,
         &["no directory", "/no/such/model", "--model"],
     );
 }
@@ -674,7 +774,7 @@ fn a_model_that_is_a_file_points_to_import() {
     let ran = run(&mut on(program(), &file), b"");
     refused(
         &ran,
-        RUN_FAILED,
+        BAD_USAGE,
         &[file.to_str().unwrap(), "is a file", "mlx-pipe import"],
     );
 }
@@ -740,14 +840,17 @@ fn layers_by_hand_must_cover_the_model_once() {
         ("0-1,3-4,5", ["gap", "rank 1", "layer 2"]),
         ("0-2,2-4,5", ["overlap", "rank 1", "layer 2"]),
         ("0-2,3-5", ["2 layer ranges", "3 ranks", "one range a rank"]),
-        ("0-1,2-3,4", ["on no rank", "6 layers", "layer 4"]),
+        (
+            "0-1,2-3,4",
+            ["layer 5 is on no rank", "6 layers", "before layer 5"],
+        ),
         ("0-1,2-3,4-6", ["6 layers", "layer 6", "last one is 5"]),
     ] {
         let ran = run(
             &mut sound_on(3, &["--layers", layers]),
             good_line().as_bytes(),
         );
-        refused(&ran, RUN_FAILED, &words);
+        refused(&ran, BAD_USAGE, &words);
     }
 }
 
@@ -760,7 +863,47 @@ fn layers_that_run_backwards_are_bad_usage() {
 #[test]
 fn more_ranks_than_layers_say_how_many_may_start() {
     let ran = run(&mut sound_on(7, &[]), good_line().as_bytes());
-    refused(&ran, RUN_FAILED, &["7 ranks for 6 layers", "mpirun -np 6"]);
+    refused(&ran, BAD_USAGE, &["7 ranks for 6 layers", "mpirun -np 6"]);
+}
+
+// --- plan ---
+
+#[test]
+fn a_plan_for_what_cannot_be_asked_is_bad_usage() {
+    let model = golden(ONE_FILE).dir;
+    let model = model.to_str().unwrap();
+    for (arguments, words) in [
+        (
+            &["--model", model, "--ranks", "7"][..],
+            "7 ranks for 6 layers",
+        ),
+        (
+            &["--model", model, "--layers", "0-2,3-5"],
+            "--layers gives 2 layer ranges for 1 rank",
+        ),
+        (
+            &["--model", model, "--layers", "0-4"],
+            "layer 5 is on no rank",
+        ),
+        (&["--model", model, "--context", "1025"], "--context 1025"),
+        (
+            &["--model", model, "--cluster", "/no/such.json"],
+            "/no/such.json",
+        ),
+        (&["--model", "/no/such/model"], "no directory"),
+        (&[], "no model given"),
+    ] {
+        let ran = run(program().arg("plan").args(arguments), b"");
+        refused(&ran, BAD_USAGE, &[words]);
+    }
+}
+
+#[test]
+fn a_plan_that_does_not_fit_is_no_bad_usage() {
+    let mut command = program();
+    command.arg("plan").arg("--model").arg(golden(ONE_FILE).dir);
+    let ran = run(command.args(["--memory-limit", "100KB"]), b"");
+    refused(&ran, RUN_FAILED, &["does not fit", "0.1 MB"]);
 }
 
 // --- The cluster file ---
@@ -823,8 +966,14 @@ fn a_cluster_file_that_is_not_there_is_named() {
     let ran = run(&mut sound(&["--cluster", "/no/such/cluster.json"]), b"");
     refused(
         &ran,
-        RUN_FAILED,
+        BAD_USAGE,
         &["cluster file", "/no/such/cluster.json", "No such file"],
+    );
+    assert_eq!(
+        ran.stderr.matches("No such file").count(),
+        1,
+        "{}",
+        ran.stderr
     );
 }
 
@@ -855,6 +1004,16 @@ fn import_names_a_file_that_is_not_there() {
     let dir = tempfile::tempdir().unwrap();
     let ran = import(Path::new("/no/such.gguf"), &dir.path().join("out"));
     refused(&ran, RUN_FAILED, &["/no/such.gguf", "No such file"]);
+}
+
+#[test]
+fn import_says_what_is_no_file_and_what_is_empty() {
+    let dir = tempfile::tempdir().unwrap();
+    let (empty, out) = (dir.path().join("empty.gguf"), dir.path().join("out"));
+    std::fs::write(&empty, "").unwrap();
+    refused(&import(&empty, &out), RUN_FAILED, &["the file is empty"]);
+    refused(&import(dir.path(), &out), RUN_FAILED, &["is a directory"]);
+    assert!(!out.exists());
 }
 
 #[test]
@@ -926,7 +1085,7 @@ fn wrong_usage_that_all_ranks_see_is_told_once() {
         (["--frobnicate", "1"], BAD_USAGE, "unexpected argument"),
         (["--max-tokens", "0"], BAD_USAGE, "must be 1 or more"),
         (["--context", "1025"], BAD_USAGE, "--context 1025"),
-        (["--layers", "0-1,3-4,5"], RUN_FAILED, "gap before rank 1"),
+        (["--layers", "0-1,3-4,5"], BAD_USAGE, "gap before rank 1"),
         (["--memory-limit", "100KB"], RUN_FAILED, "does not fit"),
     ] {
         refused_once(sound_on(3, &arguments), &good_line(), status, words);
@@ -935,7 +1094,7 @@ fn wrong_usage_that_all_ranks_see_is_told_once() {
     refused_once(
         on(mpirun(3), "/no/such/model"),
         &good_line(),
-        RUN_FAILED,
+        BAD_USAGE,
         "no directory",
     );
     refused_once(
@@ -983,7 +1142,7 @@ fn in_directories(dirs: [&Path; 3]) -> Command {
         command
             .arg("-wdir")
             .arg(dir)
-            .args([PROGRAM, "--model", "m"]);
+            .args([PROGRAM, "--model", "m", "--device", "cpu"]);
     }
     command
 }
@@ -1077,7 +1236,7 @@ fn a_rank_without_the_checkpoint_is_named() {
     let hosts = TwoHosts::new();
     std::fs::remove_dir_all(hosts.hosts[1].join("m")).unwrap();
     let ran = hosts.run();
-    refused(&ran, RUN_FAILED, &["rank 1", "no directory"]);
+    refused(&ran, BAD_USAGE, &["rank 1", "no directory"]);
     assert_eq!(ran.stderr.matches("no directory").count(), 1);
 }
 

@@ -3,7 +3,7 @@
 
 mod common;
 
-use common::{Ran, mpirun, program, root, run};
+use common::{Ran, mpirun, on_cpu, program, root, run};
 use std::path::PathBuf;
 use std::process::Command;
 
@@ -16,7 +16,8 @@ fn model() -> PathBuf {
     dir
 }
 
-fn ask(mut command: Command, arguments: &[&str], input: &str) -> Ran {
+fn ask(command: Command, arguments: &[&str], input: &str) -> Ran {
+    let mut command = on_cpu(command);
     command.arg("--model").arg(model()).args(arguments);
     run(&mut command, input.as_bytes()).succeeded()
 }
@@ -101,7 +102,7 @@ fn a_stop_text_ends_the_answer_before_it() {
 
 #[test]
 fn a_bad_line_does_not_stop_the_others() {
-    let mut command = mpirun(2);
+    let mut command = on_cpu(mpirun(2));
     command
         .arg("--model")
         .arg(model())

@@ -8,7 +8,7 @@ use common::{Golden, GoldenPrompt, cuts, golden_cases};
 use mlx_pipe::model::ModelFiles;
 use mlx_pipe::pipeline::Compute;
 use mlx_pipe::plan::{Device, LayerRanges, Plan, PlanRequest, Strategy, WireDtype, plan};
-use mlx_pipe::stage::{Output, Stage};
+use mlx_pipe::stage::{DeviceChoice, Output, Stage, use_device};
 use mlx_pipe::wire::{Entry, SampleParams, Step};
 
 /// ‖ours − reference‖ / ‖reference‖ that plain f32 arithmetic may reach (DESIGN: 1e-4).
@@ -100,12 +100,19 @@ fn relative_error(ours: &[f32], reference: &[f32]) -> f64 {
     norm(&mut difference.into_iter()) / norm(&mut reference.iter().map(|&v| v as f64))
 }
 
+/// The references were computed in f32 on a CPU; a GPU, where there is one, computes in other dtypes and
+/// orders.
+fn compute_on_the_cpu() {
+    use_device(DeviceChoice::Cpu).unwrap();
+}
+
 fn files(golden: &Golden) -> ModelFiles {
     ModelFiles::open(&golden.dir).unwrap_or_else(|error| panic!("{}: {error:#}", golden.name))
 }
 
 #[test]
 fn logits_and_greedy_tokens_are_those_of_mlx_lm() {
+    compute_on_the_cpu();
     for golden in golden_cases() {
         let files = files(&golden);
         let mut worst = 0.0f64;
@@ -128,6 +135,7 @@ fn logits_and_greedy_tokens_are_those_of_mlx_lm() {
 
 #[test]
 fn every_cut_gives_bit_equal_logits() {
+    compute_on_the_cpu();
     for golden in golden_cases() {
         let files = files(&golden);
         let layer_count = files.architecture.layers.len();
@@ -144,6 +152,7 @@ fn every_cut_gives_bit_equal_logits() {
 
 #[test]
 fn decoding_token_by_token_ends_where_prefill_of_the_whole_does() {
+    compute_on_the_cpu();
     for golden in golden_cases() {
         let files = files(&golden);
         let mut pipeline = Pipeline::load(&files, &cuts(files.architecture.layers.len(), 2)[1]);
@@ -164,6 +173,7 @@ fn decoding_token_by_token_ends_where_prefill_of_the_whole_does() {
 
 #[test]
 fn a_prompt_in_chunks_and_a_sequence_cut_back_give_the_same_tokens() {
+    compute_on_the_cpu();
     for golden in golden_cases() {
         let files = files(&golden);
         let mut pipeline = Pipeline::load(&files, &cuts(files.architecture.layers.len(), 3)[0]);
@@ -186,6 +196,7 @@ fn a_prompt_in_chunks_and_a_sequence_cut_back_give_the_same_tokens() {
 
 #[test]
 fn sequences_that_share_a_step_get_their_own_tokens() {
+    compute_on_the_cpu();
     for golden in golden_cases() {
         let files = files(&golden);
         let mut pipeline = Pipeline::load(&files, &cuts(files.architecture.layers.len(), 2)[0]);

@@ -3,14 +3,28 @@
 
 mod common;
 
-use common::{LIMIT, Ran, cuts, golden, golden_cases, golden_requests, mpirun, program, run};
+use common::{
+    PROGRAM, Ran, Running, cuts, golden, golden_cases, golden_requests, run, token_request,
+};
 use serde_json::Value;
+use std::path::{Path, PathBuf};
+use std::process::Command;
 use std::time::{Duration, Instant};
 
 /// Within this time of a failure every rank must be gone (the promise is 10 s).
 const GONE_WITHIN: Duration = Duration::from_secs(10);
 
-fn report_of(ran: &Ran, file: &std::path::Path) -> Value {
+/// The program alone.
+fn program() -> Command {
+    common::on_cpu(common::program())
+}
+
+/// The program on `ranks` ranks of this machine.
+fn mpirun(ranks: usize) -> Command {
+    common::on_cpu(common::mpirun(ranks))
+}
+
+fn report_of(ran: &Ran, file: &Path) -> Value {
     let text = std::fs::read_to_string(file)
         .unwrap_or_else(|error| panic!("no report ({error}); stderr:\n{}", ran.stderr));
     serde_json::from_str(&text).unwrap()
@@ -143,88 +157,133 @@ fn every_rank_loads_exactly_its_part_and_says_so() {
     assert_eq!(ranks[2]["owns"], serde_json::json!(["norm", "head"]));
 }
 
-/// Processes of the program whose command line holds `mark`.
+/// Processes of the program whose command line holds `mark`, in the order of their start.
 fn processes(mark: &str) -> Vec<i32> {
-    let listed = std::process::Command::new("pgrep")
-        .args(["-f", mark])
-        .output()
-        .unwrap();
-    let own = std::process::id() as i32;
-    String::from_utf8_lossy(&listed.stdout)
-        .lines()
-        .filter_map(|line| line.parse().ok())
-        .filter(|&pid| pid != own && is_rank(pid))
+    let mut found = match Path::new("/proc/self/exe").exists() {
+        true => processes_of_linux(mark),
+        false => processes_by_ps(mark),
+    };
+    found.sort_unstable();
+    found
+}
+
+fn processes_of_linux(mark: &str) -> Vec<i32> {
+    let entries = std::fs::read_dir("/proc").unwrap();
+    let numbers = entries.filter_map(|entry| entry.ok()?.file_name().to_str()?.parse().ok());
+    numbers
+        .filter(|pid| {
+            let place = PathBuf::from(format!("/proc/{pid}"));
+            // A process may end while it is looked at.
+            let command = std::fs::read(place.join("cmdline")).unwrap_or_default();
+            std::fs::read_link(place.join("exe")).is_ok_and(|exe| exe == Path::new(PROGRAM))
+                && String::from_utf8_lossy(&command).contains(mark)
+        })
         .collect()
 }
 
-/// Whether a process runs the program itself (and is not its launcher).
-fn is_rank(pid: i32) -> bool {
-    std::fs::read_link(format!("/proc/{pid}/exe"))
-        .map(|exe| exe == std::path::Path::new(common::PROGRAM))
-        // No /proc: macOS. There the launcher counts too, and must be gone as well.
-        .unwrap_or(!std::path::Path::new("/proc/self").exists())
+fn processes_by_ps(mark: &str) -> Vec<i32> {
+    let listed = Command::new("ps")
+        .args(["-axww", "-o", "pid=,command="])
+        .output()
+        .unwrap();
+    let text = String::from_utf8_lossy(&listed.stdout);
+    let lines = text
+        .lines()
+        .filter_map(|line| line.trim_start().split_once(' '));
+    lines
+        .filter(|(_, command)| command.trim_start().starts_with(PROGRAM) && command.contains(mark))
+        .map(|(pid, _)| pid.parse().unwrap())
+        .collect()
 }
 
-/// A run of three ranks that would go on for very long, with its marked input file and its processes.
+/// A run that would go on for very long, with the mark in the command lines of its ranks.
 struct LongRun {
-    running: common::Running,
+    running: Running,
     mark: String,
 }
 
 impl LongRun {
-    /// Starts the run and waits until its first answers are out, so that all ranks are at work.
-    fn start(mark: &str) -> Self {
-        let golden = golden("qwen3-tied-8bit");
-        let mark = format!("mark-{mark}-{}", std::process::id());
-        let scratch = std::env::temp_dir().join(&mark);
-        let mut command = mpirun(3);
+    /// Starts a command with a mark among its arguments.
+    fn start(
+        name: &str,
+        mut command: Command,
+        start: impl FnOnce(&mut Command) -> Running,
+    ) -> Self {
+        let mark = format!("mark-{name}-{}", std::process::id());
         command
-            .arg("--model")
-            .arg(&golden.dir)
             .arg("--report")
-            .arg(&scratch)
-            .arg("-vv");
-        let requests = golden_requests(&golden).repeat(20_000);
-        let running = common::start(&mut command, requests.as_bytes());
-        let run = Self { running, mark };
-        let started = Instant::now();
-        while processes(&run.mark).len() < 3 || !run.is_working() {
-            assert!(started.elapsed() < LIMIT, "the ranks did not start");
-            std::thread::sleep(Duration::from_millis(50));
-        }
+            .arg(std::env::temp_dir().join(&mark));
+        let running = start(&mut command);
+        Self { running, mark }
+    }
+
+    /// Three ranks with 120 000 prompts, at work: an answer is out.
+    fn generating(name: &str) -> Self {
+        let (command, requests) = endless();
+        let mut run = Self::start(name, command, |command| {
+            common::start(command, requests.as_bytes())
+        });
+        run.running
+            .wait_until(|running| running.stdout.so_far().contains('\n'));
         run
     }
 
-    /// Whether the ranks have used some processor time: loading alone takes next to none.
-    fn is_working(&self) -> bool {
-        processes(&self.mark).iter().all(|pid| {
-            let listed = std::process::Command::new("ps")
-                .args(["-o", "time=", "-p", &pid.to_string()])
-                .output()
-                .unwrap();
-            let text = String::from_utf8_lossy(&listed.stdout);
-            text.trim()
-                .bytes()
-                .any(|byte| (b'1'..=b'9').contains(&byte))
-        })
+    /// `command` in the middle of a step that takes minutes: the whole of a long prompt at once.
+    fn in_a_long_step(name: &str, mut command: Command) -> Self {
+        let model = common::root().join("models/SmolLM2-135M-Instruct");
+        assert!(
+            model.join("config.json").exists(),
+            "run scripts/fetch-demo-model first"
+        );
+        command
+            .arg("--model")
+            .arg(model)
+            .args(["--prefill-chunk", "65536", "-vv"]);
+        let ids: Vec<u32> = (1000..4000).collect();
+        let request = token_request(&ids, 8);
+        let mut run = Self::start(name, command, |command| {
+            common::start(command, request.as_bytes())
+        });
+        run.running
+            .wait_until(|running| running.stderr.so_far().contains("rows=3000"));
+        // From the line to the computation is no way to speak of, but a little one.
+        std::thread::sleep(Duration::from_millis(500));
+        run
     }
 
-    /// Waits for the end and checks that it was quick, whole and not a success.
-    fn must_end(self) -> Ran {
+    /// The ranks, in the order of their numbers: a launcher starts them one after another.
+    fn ranks(&self) -> Vec<i32> {
+        processes(&self.mark)
+    }
+
+    /// Waits for the end and checks that it was quick and whole.
+    fn must_be_gone(self) -> Ran {
         let since = Instant::now();
         let ran = common::finish(self.running);
         assert!(since.elapsed() < GONE_WITHIN, "took {:?}", since.elapsed());
-        assert_ne!(ran.status, 0);
-        while !processes(&self.mark).is_empty() {
-            assert!(
-                since.elapsed() < GONE_WITHIN,
-                "left over: {:?}",
-                processes(&self.mark)
-            );
-            std::thread::sleep(Duration::from_millis(50));
+        while let left @ [_, ..] = &processes(&self.mark)[..] {
+            assert!(since.elapsed() < GONE_WITHIN, "left over: {left:?}");
+            std::thread::sleep(common::POLL);
         }
+        // The mark is the name of a report, which a run that ends well has written.
+        let _ = std::fs::remove_file(std::env::temp_dir().join(&self.mark));
         ran
     }
+
+    /// As [`Self::must_be_gone`], and the run must not count as a success.
+    fn must_fail(self) -> Ran {
+        let ran = self.must_be_gone();
+        assert_ne!(ran.status, 0);
+        ran
+    }
+}
+
+/// Three ranks, and prompts for hours.
+fn endless() -> (Command, String) {
+    let golden = golden("qwen3-tied-8bit");
+    let mut command = mpirun(3);
+    command.arg("--model").arg(&golden.dir);
+    (command, golden_requests(&golden).repeat(20_000))
 }
 
 fn kill(pid: i32, signal: i32) {
@@ -235,34 +294,199 @@ fn kill(pid: i32, signal: i32) {
 #[test]
 fn a_rank_killed_while_generating_takes_all_others_with_it() {
     for (victim, name) in ["first", "middle", "last"].into_iter().enumerate() {
-        let run = LongRun::start(&format!("kill-{name}"));
-        let mut ranks = processes(&run.mark);
-        ranks.sort_unstable();
-        kill(ranks[victim], libc::SIGKILL);
-        let ran = run.must_end();
+        let run = LongRun::generating(&format!("kill-{name}"));
+        kill(run.ranks()[victim], libc::SIGKILL);
+        let ran = run.must_fail();
         assert!(ran.stderr.contains("signal 9"), "{}", ran.stderr);
     }
 }
 
 #[test]
 fn a_terminated_rank_says_so_and_ends_the_job() {
-    let run = LongRun::start("term");
-    kill(processes(&run.mark)[1], libc::SIGTERM);
-    let ran = run.must_end();
+    let run = LongRun::generating("term");
+    kill(run.ranks()[1], libc::SIGTERM);
+    let ran = run.must_fail();
     assert!(ran.stderr.contains("ended by signal 15"), "{}", ran.stderr);
 }
 
 #[test]
 fn interrupting_the_launcher_leaves_no_orphans() {
     for signal in [libc::SIGINT, libc::SIGTERM] {
-        let run = LongRun::start(&format!("interrupt-{signal}"));
+        let run = LongRun::generating(&format!("interrupt-{signal}"));
         kill(run.running.child.id() as i32, signal);
-        run.must_end();
+        run.must_fail();
     }
 }
 
+#[test]
+fn a_rank_terminated_in_the_middle_of_a_long_step_ends_the_job() {
+    // Rank 0 computes, rank 2 waits for it.
+    for victim in [0, 2] {
+        let run = LongRun::in_a_long_step(&format!("step-{victim}"), mpirun(3));
+        kill(run.ranks()[victim], libc::SIGTERM);
+        let ran = run.must_fail();
+        assert!(ran.stderr.contains("ended by signal 15"), "{}", ran.stderr);
+    }
+}
+
+#[test]
+fn a_single_rank_terminated_in_the_middle_of_a_long_step_ends() {
+    let run = LongRun::in_a_long_step("step-alone", program());
+    kill(run.running.child.id() as i32, libc::SIGTERM);
+    let ran = run.must_fail();
+    assert_eq!(ran.status, 128 + libc::SIGTERM, "{}", ran.stderr);
+    assert!(ran.stderr.contains("ended by signal 15"), "{}", ran.stderr);
+}
+
+#[test]
+fn nothing_goes_on_when_nobody_reads_the_answers_any_more() {
+    let (command, requests) = endless();
+    let mut run = LongRun::start("hang-up", command, |command| {
+        common::start_and_hang_up(command, requests.as_bytes())
+    });
+    run.running
+        .wait_until(|running| running.stdout.so_far().contains('\n'));
+    let ran = run.must_be_gone();
+    assert!(!ran.stderr.contains("panicked"), "{}", ran.stderr);
+}
+
+#[test]
+fn log_lines_of_every_rank_say_where_they_come_from_and_keep_off_the_output() {
+    let golden = golden("qwen3-tied-8bit");
+    let mut command = mpirun(3);
+    command.arg("--model").arg(&golden.dir).arg("-v");
+    let ran = run(&mut command, golden_requests(&golden).as_bytes()).succeeded();
+    assert_eq!(ran.json_lines().len(), golden.prompts.len());
+    let host = gethostname::gethostname();
+    let places = [0, 1, 2].map(|rank| format!(" rank {rank} {}: ", host.display()));
+    let logged: Vec<&str> = ran
+        .stderr
+        .lines()
+        .filter(|line| line.contains(" INFO "))
+        .collect();
+    for line in &logged {
+        let is_placed = places.iter().any(|place| line.contains(place));
+        assert!(is_placed, "{line}");
+    }
+    for place in &places {
+        let is_there = |line: &&str| line.contains(place) && line.contains("loaded layers");
+        assert_eq!(
+            logged.iter().copied().filter(is_there).count(),
+            1,
+            "{place}:\n{}",
+            ran.stderr
+        );
+    }
+}
+
+/// Processor time that a process has used, all its threads together.
+#[cfg(target_os = "linux")]
+fn processor_time(pid: i32) -> Duration {
+    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap();
+    // The second field is the name in parentheses; user and system time are the 14th and 15th.
+    let (_, fields) = stat.rsplit_once(") ").unwrap();
+    let ticks: u64 = fields
+        .split(' ')
+        .skip(11)
+        .take(2)
+        .map(|field| field.parse::<u64>().unwrap())
+        .sum();
+    // SAFETY: `sysconf` has no preconditions.
+    let ticks_per_second = unsafe { libc::sysconf(libc::_SC_CLK_TCK) } as u64;
+    Duration::from_millis(ticks * 1000 / ticks_per_second)
+}
+
+#[cfg(target_os = "linux")]
+#[test]
+fn waiting_for_a_prompt_burns_no_core() {
+    let golden = golden("qwen3-tied-8bit");
+    let mut command = mpirun(3);
+    command.arg("--model").arg(&golden.dir).arg("-v");
+    let mut run = LongRun::start("idle", command, common::start_with_open_input);
+    run.running
+        .wait_until(|running| running.stderr.so_far().matches("loaded layers").count() == 3);
+    let ranks = run.ranks();
+    assert_eq!(ranks.len(), 3);
+    let times = || ranks.iter().map(|&pid| processor_time(pid));
+    let (before, since) = (times().collect::<Vec<_>>(), Instant::now());
+    std::thread::sleep(Duration::from_secs(4));
+    for (rank, (after, before)) in times().zip(before).enumerate() {
+        let used = after - before;
+        assert!(
+            used < since.elapsed() / 20,
+            "rank {rank} used {used:?} of {:?}",
+            since.elapsed()
+        );
+    }
+    common::feed(&mut run.running, golden_requests(&golden).as_bytes());
+    let ran = run.must_be_gone().succeeded();
+    assert_eq!(ran.json_lines().len(), golden.prompts.len());
+}
+
+/// A golden checkpoint in a new directory.
+fn copy_checkpoint(golden: &common::Golden, dir: &Path) {
+    std::fs::create_dir_all(dir).unwrap();
+    for entry in std::fs::read_dir(&golden.dir).unwrap() {
+        let path = entry.unwrap().path();
+        std::fs::copy(&path, dir.join(path.file_name().unwrap())).unwrap();
+    }
+}
+
+/// One rank in each of the directories, all with the same arguments.
+fn one_rank_in_each(dirs: &[PathBuf], arguments: &[&str]) -> Command {
+    let one_rank: Vec<_> = common::mpirun(1)
+        .get_args()
+        .map(ToOwned::to_owned)
+        .collect();
+    let (_, launch) = one_rank.split_last().unwrap();
+    let mut command = Command::new("mpirun");
+    command.args(launch);
+    for (rank, dir) in dirs.iter().enumerate() {
+        if rank > 0 {
+            command.args([":", "-np", "1"]);
+        }
+        command.arg("-wdir").arg(dir).arg(PROGRAM).args(arguments);
+    }
+    command
+}
+
+#[test]
+fn ranks_with_different_configurations_hear_that_even_if_one_of_them_cannot_do_what_is_asked() {
+    let golden = golden("qwen3-tied-8bit");
+    let scratch = tempfile::tempdir().unwrap();
+    let hosts = ["a", "b"].map(|host| scratch.path().join(host));
+    for host in &hosts {
+        copy_checkpoint(&golden, &host.join("m"));
+    }
+    let arguments = ["--device", "cpu", "--model", "m", "--context", "800"];
+    let requests = golden_requests(&golden);
+    run(
+        &mut one_rank_in_each(&hosts, &arguments),
+        requests.as_bytes(),
+    )
+    .succeeded();
+
+    let config = hosts[1].join("m/config.json");
+    let text = std::fs::read_to_string(&config).unwrap();
+    let shorter = text.replace(
+        "\"max_position_embeddings\": 1024",
+        "\"max_position_embeddings\": 512",
+    );
+    assert_ne!(text, shorter);
+    std::fs::write(&config, shorter).unwrap();
+    let ran = run(
+        &mut one_rank_in_each(&hosts, &arguments),
+        requests.as_bytes(),
+    );
+    assert_eq!(ran.status, 1, "{}", ran.stderr);
+    assert!(ran.took < GONE_WITHIN, "took {:?}", ran.took);
+    let told = ran.stderr.matches("do not have the same config.json");
+    assert_eq!(told.count(), 1, "{}", ran.stderr);
+    assert!(!ran.stderr.contains("--context"), "{}", ran.stderr);
+}
+
 /// A copy of a golden checkpoint whose layer 5 lies in a second file; returns that file.
-fn split_off_last_layer(golden: &common::Golden, dir: &std::path::Path) -> std::path::PathBuf {
+fn split_off_last_layer(golden: &common::Golden, dir: &Path) -> PathBuf {
     for entry in std::fs::read_dir(&golden.dir).unwrap() {
         let path = entry.unwrap().path();
         if path

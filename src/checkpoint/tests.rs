@@ -95,7 +95,10 @@ fn a_single_file_is_a_checkpoint() {
         ]
     );
     assert_eq!(total_bytes(&checkpoint), 16);
-    assert_eq!(checkpoint.file_holding("b"), Some(&*dir.path().join(SINGLE)));
+    assert_eq!(
+        checkpoint.file_holding("b"),
+        Some(&*dir.path().join(SINGLE))
+    );
     assert_eq!(checkpoint.file_holding("c"), None);
     assert_eq!(checkpoint.get("b").unwrap().shape, [2, 3]);
     assert!(checkpoint.get("c").is_none());

@@ -83,7 +83,11 @@ fn map(path: &Path) -> Result<Mmap, ImportError> {
     };
     let metadata = std::fs::metadata(path).map_err(read_error)?;
     if !metadata.is_file() {
-        let found = if metadata.is_dir() { "a directory" } else { "not a regular file" };
+        let found = if metadata.is_dir() {
+            "a directory"
+        } else {
+            "not a regular file"
+        };
         let path = path.to_owned();
         return Err(ImportError::NotAFile { path, found });
     }

@@ -286,7 +286,10 @@ fn refuse_unsupported(fields: &Fields) -> Result<(), ConfigError> {
         return Err(fields.unsupported("rope_traditional", "interleaved rotary pairs"));
     }
     let rope_parameters = fields.object("rope_parameters")?;
-    for place in [Some(fields), rope_parameters.as_ref()].into_iter().flatten() {
+    for place in [Some(fields), rope_parameters.as_ref()]
+        .into_iter()
+        .flatten()
+    {
         if place.positive_or("partial_rotary_factor", 1.0)? != 1.0 {
             let what = "rotary positions on a part of each head";
             return Err(place.unsupported("partial_rotary_factor", what));
@@ -294,9 +297,7 @@ fn refuse_unsupported(fields: &Fields) -> Result<(), ConfigError> {
     }
     match fields.text_or_none("hidden_act")? {
         None | Some("silu") => Ok(()),
-        Some(other) => {
-            Err(fields.unsupported("hidden_act", format!("the activation \"{other}\"")))
-        }
+        Some(other) => Err(fields.unsupported("hidden_act", format!("the activation \"{other}\""))),
     }
 }
 
@@ -346,7 +347,10 @@ fn read_rope_scaling(fields: &Fields) -> Result<RopeScaling, ConfigError> {
             None => return Ok(RopeScaling::None),
         },
     };
-    let (old_name, new_name) = (scaling.text_or_none("type")?, scaling.text_or_none("rope_type")?);
+    let (old_name, new_name) = (
+        scaling.text_or_none("type")?,
+        scaling.text_or_none("rope_type")?,
+    );
     if let (Some(old), Some(new)) = (old_name, new_name)
         && old != new
     {
@@ -502,5 +506,100 @@ impl LayerSpec {
             .flat_map(LinearSpec::tensors)
             .chain(norms.into_iter().chain(qk_norms).map(NormSpec::tensor))
             .collect()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::json;
+
+    /// A small llama with `changes` laid over it.
+    fn read(changes: Value) -> Result<Architecture, ConfigError> {
+        let mut config = json!({
+            "model_type": "llama", "hidden_size": 64, "intermediate_size": 128,
+            "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 10,
+            "rms_norm_eps": 1e-5,
+        });
+        for (name, value) in changes.as_object().unwrap() {
+            config[name] = value.clone();
+        }
+        Architecture::read(&config, |_| false)
+    }
+
+    #[test]
+    fn fields_that_would_change_the_answers_are_refused_by_name() {
+        let linear = json!({"type": "linear", "rope_type": "llama3", "factor": 2});
+        let (four, eight) = (
+            json!({"bits": 4, "group_size": 64}),
+            json!({"bits": 8, "group_size": 64}),
+        );
+        for (changes, field) in [
+            (json!({"hidden_act": "gelu"}), "hidden_act"),
+            (
+                json!({"partial_rotary_factor": 0.5}),
+                "partial_rotary_factor",
+            ),
+            (
+                json!({"rope_parameters": {"partial_rotary_factor": 0.5}}),
+                "rope_parameters.partial_rotary_factor",
+            ),
+            (
+                json!({"attn_logit_softcapping": 50.0}),
+                "attn_logit_softcapping",
+            ),
+            (
+                json!({"final_logit_softcapping": 30}),
+                "final_logit_softcapping",
+            ),
+            (
+                json!({"layer_types": ["full_attention", "sliding_attention"], "sliding_window": 8}),
+                "layer_types",
+            ),
+            (json!({"use_sliding_window": true}), "use_sliding_window"),
+            (json!({"rope_traditional": true}), "rope_traditional"),
+            (json!({"rope_scaling": linear}), "rope_scaling.rope_type"),
+            (
+                json!({"quantization": four, "quantization_config": eight}),
+                "quantization_config.bits",
+            ),
+        ] {
+            match read(changes) {
+                Err(ConfigError::Unsupported {
+                    file: "config.json",
+                    field: found,
+                    ..
+                }) => assert_eq!(found, field),
+                other => panic!("{field}: {other:?}"),
+            }
+        }
+    }
+
+    #[test]
+    fn layer_types_of_the_wrong_type_are_an_error() {
+        for wrong in [json!("full_attention"), json!([1]), json!({}), json!(0)] {
+            let error = read(json!({"layer_types": wrong})).unwrap_err();
+            assert!(
+                matches!(&error, ConfigError::Wrong { field, .. } if field == "layer_types"),
+                "{error}"
+            );
+        }
+    }
+
+    #[test]
+    fn neutral_values_of_the_same_fields_are_fine() {
+        let plain = read(json!({})).unwrap();
+        for neutral in [
+            json!({"hidden_act": "silu"}),
+            json!({"hidden_act": null, "partial_rotary_factor": 1.0}),
+            json!({"attn_logit_softcapping": null, "final_logit_softcapping": null}),
+            json!({"layer_types": ["full_attention", "full_attention"]}),
+            json!({"sliding_window": 4096}),
+            json!({"rope_scaling": {"type": "default", "rope_type": "default"}}),
+        ] {
+            assert_eq!(read(neutral.clone()).unwrap(), plain, "{neutral}");
+        }
+        let both = json!({"bits": 4, "group_size": 64});
+        read(json!({"quantization": both, "quantization_config": both})).unwrap();
     }
 }

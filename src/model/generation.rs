@@ -13,7 +13,10 @@ pub fn end_of_sequence_ids(
     generation_config: Option<&Value>,
 ) -> Result<Vec<u32>, ConfigError> {
     let generation_config = generation_config.map(|json| (json, "generation_config.json"));
-    for (json, file) in generation_config.into_iter().chain([(config, "config.json")]) {
+    for (json, file) in generation_config
+        .into_iter()
+        .chain([(config, "config.json")])
+    {
         let fields = Fields::top(json, file)?;
         let Some(value) = fields.value("eos_token_id") else {
             continue;

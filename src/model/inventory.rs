@@ -209,5 +209,8 @@ fn place_of_sibling(name: &str, checkpoint: &Checkpoint) -> String {
     let module = name.rsplit_once('.').map_or(name, |(module, _)| module);
     let siblings = ["weight", "scales", "biases", "bias"].map(|part| format!("{module}.{part}"));
     let places = siblings.iter().map(|sibling| place(sibling, checkpoint));
-    places.into_iter().find(|place| !place.is_empty()).unwrap_or_default()
+    places
+        .into_iter()
+        .find(|place| !place.is_empty())
+        .unwrap_or_default()
 }

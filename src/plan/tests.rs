@@ -523,7 +523,11 @@ fn ranges_by_hand_that_do_not_cover_the_model_name_what_is_wrong() {
     for (ranges, text) in [
         (
             "0-9,11-18,19-27",
-            "gap before rank 1: it starts at layer 11, expected layer 10",
+            "gap before rank 1: it starts at layer 11, expected layer 10; layer 10 is on no rank",
+        ),
+        (
+            "0-9,13-18,19-27",
+            "gap before rank 1: it starts at layer 13, expected layer 10; layers 10 to 12 are on no rank",
         ),
         (
             "0-9,9-18,19-27",
@@ -531,7 +535,7 @@ fn ranges_by_hand_that_do_not_cover_the_model_name_what_is_wrong() {
         ),
         (
             "0-9,10-18,19-26",
-            "layers from 27 to 27 are on no rank: the model has 28 layers",
+            "layer 27 is on no rank: the model has 28 layers, the ranges end before layer 27",
         ),
         (
             "0-9,10-18,19-28",
@@ -541,7 +545,14 @@ fn ranges_by_hand_that_do_not_cover_the_model_name_what_is_wrong() {
             "1-9,10-18,19-27",
             "gap before rank 0: it starts at layer 1, expected layer 0",
         ),
-        ("0-9,10-27", "2 layer ranges for 3 ranks"),
+        (
+            "0-9,10-27",
+            "--layers gives 2 layer ranges for 3 ranks; give one range a rank, or start 2 ranks",
+        ),
+        (
+            "0-27",
+            "1 layer range for 3 ranks; give one range a rank, or start 1 rank ",
+        ),
     ] {
         let error = plan(&request(&shape, &devices, by_hand(ranges))).unwrap_err();
         assert!(matches!(error, PlanError::Cover(_)));
@@ -653,30 +664,6 @@ fn the_fingerprint_differs_for_every_field_that_differs() {
 }
 
 #[test]
-fn the_json_has_the_fields_of_the_report() {
-    let (shape, devices) = (qwen3(), minis(3));
-    let plan = plan(&request(&shape, &devices, Strategy::Balanced)).unwrap();
-    let json = serde_json::to_value(&plan).unwrap();
-    assert_eq!(json["strategy"], "balanced");
-    assert_eq!(json["hash"], plan.fingerprint_hex());
-    assert_eq!(json["wire_dtype"], "f32");
-    assert_eq!(json["ranks"][1]["layers"], serde_json::json!([11, 22]));
-    assert_eq!(
-        json["ranks"][2]["owns"],
-        serde_json::json!(["norm", "head"])
-    );
-    assert_eq!(
-        json["ranks"][0]["planned_bytes"],
-        11 * 53_486_080_u64 + 330_612_736
-    );
-    assert_eq!(
-        json["ranks"][2]["footprint"],
-        serde_json::json!({"layers_bytes": 267_430_400, "embedding_bytes": 0, "norm_bytes": 4096,
-                           "head_bytes": 330_612_736, "kv_bytes": 5 * 8192 * 4096})
-    );
-}
-
-#[test]
 fn the_plan_table_reads_as_intended() {
     let (shape, devices) = (qwen3(), minis(3));
     let plan = plan(&request(&shape, &devices, Strategy::Balanced)).unwrap();
@@ -717,6 +704,51 @@ fn gigabytes_are_rounded_half_up() {
     ] {
         assert_eq!(table::gigabytes(bytes), text);
     }
+}
+
+#[test]
+fn small_sizes_are_in_units_that_do_not_read_as_nothing() {
+    for (bytes, text) in [
+        (0, "0 B"),
+        (99_999, "99999 B"),
+        (100_000, "0.1 MB"),
+        (449_999, "0.4 MB"),
+        (450_000, "0.5 MB"),
+        (99_949_999, "99.9 MB"),
+        (100_000_000, "0.100 GB"),
+        (u64::MAX, "18446744074 GB"),
+    ] {
+        assert_eq!(table::size(bytes), text);
+    }
+}
+
+#[test]
+fn one_of_a_thing_is_singular() {
+    let shape = qwen3();
+    let alone = plan(&request(&shape, &minis(1), Strategy::Balanced)).unwrap();
+    assert!(plan_table(&alone).contains("1 full copy 1.828 GB"));
+    let tight = [device(2 * GIGABYTE, 1)];
+    let long = PlanRequest {
+        context_tokens: 1 << 16,
+        ..request(&shape, &tight, Strategy::Balanced)
+    };
+    let text = shortfall(&long).to_string();
+    assert!(text.contains("1 of 1 rank over the memory limit"), "{text}");
+    assert!(text.contains(" at 1 sequence\n"), "{text}");
+}
+
+#[test]
+fn only_mistakes_of_the_command_line_are_bad_usage() {
+    let (shape, none) = (qwen3(), equal_layers(0, Head::Tied));
+    let error = |shape: &ModelShape, devices: &[Device], strategy| {
+        plan(&request(shape, devices, strategy)).unwrap_err()
+    };
+    assert!(error(&shape, &[], Strategy::Auto).is_usage());
+    assert!(error(&shape, &minis(29), Strategy::Auto).is_usage());
+    assert!(error(&shape, &minis(3), by_hand("0-9,10-27")).is_usage());
+    assert!(!error(&none, &minis(1), Strategy::Auto).is_usage());
+    assert!(!error(&shape, &[device(GIGABYTE, 0)], Strategy::Auto).is_usage());
+    assert!(!error(&shape, &[device(1, 1)], Strategy::Auto).is_usage());
 }
 
 #[test]
@@ -769,17 +801,17 @@ fn what_does_not_fit_is_explained_with_what_would() {
     };
     let error = plan(&request).unwrap_err();
     let expected = "\
-the model does not fit: 3 of 3 ranks over their memory limit
-context 8192, sequences 8; GB = 1e9 bytes
+the model does not fit: 3 of 3 ranks over the memory limit
+context 8192, sequences 8; MB = 1e6, GB = 1e9 bytes
 `balanced` finds no cut that fits; the nearest one:
 
-rank  host         layers  needs GB  limit GB  lacks GB
-   0  mini1.local  0-8        5.644     1.000     4.644
-   1  mini2.local  9-18       5.904     1.000     4.904
-   2  mini3.local  19-27      5.644     1.000     4.644
+rank  host         layers     needs     limit     lacks
+   0  mini1.local  0-8     5.644 GB  1.000 GB  4.644 GB
+   1  mini2.local  9-18    5.904 GB  1.000 GB  4.904 GB
+   2  mini3.local  19-27   5.644 GB  1.000 GB  4.644 GB
 
 what would fit:
-  - --context 455 with sequences 8
+  - --context 455 at 8 sequences
   - 28 hosts like these instead of 3";
     assert_eq!(error.to_string(), expected);
 }

@@ -231,8 +231,7 @@ impl<W: Write> AnswerWriter<W> {
         }
         self.held.insert(index, rendered);
         while let Some(rendered) = self.held.remove(&self.turn.index) {
-            self.write(&rendered)
-                .map_err(|cause| self.failed(cause))?;
+            self.write(&rendered).map_err(|cause| self.failed(cause))?;
             self.account(rendered);
         }
         Ok(())

@@ -173,8 +173,7 @@ fn a_directory_in_place_of_a_file_is_an_error_that_names_it() {
     std::fs::create_dir(directory.path().join("tokenizer.json")).unwrap();
     let error = Tokenizer::load(directory.path(), NOW_S).unwrap_err();
     assert!(
-        matches!(error, TokenizerError::File(_))
-            && error.to_string().contains("tokenizer.json"),
+        matches!(error, TokenizerError::File(_)) && error.to_string().contains("tokenizer.json"),
         "{error}"
     );
 }
@@ -259,7 +258,8 @@ fn a_prompt_without_tokens_is_an_error() {
 
 #[test]
 fn templates_render_as_in_transformers() {
-    let cases: Vec<Value> = serde_json::from_str(include_str!("../../tests/chat_templates/chat_cases.json")).unwrap();
+    let cases: Vec<Value> =
+        serde_json::from_str(include_str!("../../tests/chat_templates/chat_cases.json")).unwrap();
     assert!(cases.len() >= 10);
     for case in cases {
         let config =

@@ -3,10 +3,12 @@
 #![allow(dead_code, reason = "each test program uses its part of this module")]
 
 use serde_json::Value;
-use std::io::Write;
-use std::os::unix::process::CommandExt;
+use std::io::{Read, Write};
+use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
+use std::sync::{Arc, Mutex};
+use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 /// The program under test.
@@ -14,6 +16,9 @@ pub const PROGRAM: &str = env!("CARGO_BIN_EXE_mlx-pipe");
 
 /// Longest that one run of the program may take.
 pub const LIMIT: Duration = Duration::from_secs(120);
+
+/// How often something outside this process is looked at.
+pub const POLL: Duration = Duration::from_millis(10);
 
 /// The repository.
 pub fn root() -> &'static Path {
@@ -176,21 +181,118 @@ pub fn mpirun(ranks: usize) -> Command {
     command
 }
 
+/// The command computing on the CPU, where the golden tokens are those of f32.
+pub fn on_cpu(mut command: Command) -> Command {
+    command.args(["--device", "cpu"]);
+    command
+}
+
 /// Runs a command with this standard input, for [`LIMIT`] at most.
 pub fn run(command: &mut Command, stdin: &[u8]) -> Ran {
     finish(start(command, stdin))
 }
 
-/// A started command with the threads that collect what it prints.
+/// What a stream has brought so far, collected by a thread.
+pub struct Collected {
+    bytes: Arc<Mutex<Vec<u8>>>,
+    reader: Option<JoinHandle<()>>,
+}
+
+impl Collected {
+    /// Reads the stream until it ends or `is_enough`, and closes it.
+    fn reading(
+        mut stream: impl Read + Send + 'static,
+        is_enough: impl Fn(&[u8]) -> bool + Send + 'static,
+    ) -> Self {
+        let bytes = Arc::new(Mutex::new(Vec::new()));
+        let shared = Arc::clone(&bytes);
+        let reader = std::thread::spawn(move || {
+            let mut chunk = [0; 8192];
+            while let Ok(count @ 1..) = stream.read(&mut chunk) {
+                let mut bytes = shared.lock().unwrap();
+                bytes.extend_from_slice(&chunk[..count]);
+                if is_enough(&bytes) {
+                    break;
+                }
+            }
+        });
+        Self {
+            bytes,
+            reader: Some(reader),
+        }
+    }
+
+    /// The text so far.
+    pub fn so_far(&self) -> String {
+        String::from_utf8_lossy(&self.bytes.lock().unwrap()).into_owned()
+    }
+
+    /// All of the text, once the stream is closed.
+    fn all(&mut self) -> String {
+        if let Some(reader) = self.reader.take() {
+            reader.join().unwrap();
+        }
+        self.so_far()
+    }
+}
+
+/// A started command. If the test gives it up before [`finish`], it is killed.
 pub struct Running {
     pub child: Child,
+    pub stdout: Collected,
+    pub stderr: Collected,
     started: Instant,
-    stdout: std::thread::JoinHandle<Vec<u8>>,
-    stderr: std::thread::JoinHandle<Vec<u8>>,
+}
+
+impl Running {
+    /// Waits until it has printed what `is_there` looks for; fails the test if it ends before.
+    #[track_caller]
+    pub fn wait_until(&mut self, is_there: impl Fn(&Self) -> bool) {
+        while !is_there(self) {
+            let is_in_time = self.started.elapsed() < LIMIT;
+            if !is_in_time || self.child.try_wait().unwrap().is_some() {
+                panic!("this is all that came:\n{}", self.stderr.so_far());
+            }
+            std::thread::sleep(POLL);
+        }
+    }
+
+    fn kill(&mut self) {
+        // SAFETY: `killpg` has no preconditions; the group is the one that `spawn` made.
+        unsafe { libc::killpg(self.child.id() as i32, libc::SIGKILL) };
+        let _ = self.child.wait();
+    }
+}
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        if let Ok(None) = self.child.try_wait() {
+            self.kill();
+        }
+    }
 }
 
 /// Starts a command in a process group of its own, with this standard input, which then ends.
 pub fn start(command: &mut Command, stdin: &[u8]) -> Running {
+    let mut running = start_with_open_input(command);
+    feed(&mut running, stdin);
+    running
+}
+
+/// Starts a command as [`start`] does, but stops reading its output after the first lines that come, and
+/// closes it.
+pub fn start_and_hang_up(command: &mut Command, stdin: &[u8]) -> Running {
+    let mut running = spawn(command, |output| output.contains(&b'\n'));
+    feed(&mut running, stdin);
+    running
+}
+
+/// Starts a command whose standard input, `child.stdin`, stays open and brings nothing yet.
+pub fn start_with_open_input(command: &mut Command) -> Running {
+    spawn(command, |_| false)
+}
+
+fn spawn(command: &mut Command, is_enough: impl Fn(&[u8]) -> bool + Send + 'static) -> Running {
     let mut child = command
         .stdin(Stdio::piped())
         .stdout(Stdio::piped())
@@ -199,26 +301,22 @@ pub fn start(command: &mut Command, stdin: &[u8]) -> Running {
         .process_group(0)
         .spawn()
         .unwrap_or_else(|error| panic!("{command:?}: {error}"));
-    let mut input = child.stdin.take().unwrap();
-    let bytes = stdin.to_vec();
-    std::thread::spawn(move || {
-        // A program that ends early does not read on.
-        let _ = input.write_all(&bytes);
-    });
     Running {
-        stdout: collect(child.stdout.take().unwrap()),
-        stderr: collect(child.stderr.take().unwrap()),
+        stdout: Collected::reading(child.stdout.take().unwrap(), is_enough),
+        stderr: Collected::reading(child.stderr.take().unwrap(), |_| false),
         started: Instant::now(),
         child,
     }
 }
 
-fn collect(mut stream: impl std::io::Read + Send + 'static) -> std::thread::JoinHandle<Vec<u8>> {
+/// Gives a command the rest of its standard input.
+pub fn feed(running: &mut Running, stdin: &[u8]) {
+    let mut input = running.child.stdin.take().unwrap();
+    let bytes = stdin.to_vec();
     std::thread::spawn(move || {
-        let mut bytes = Vec::new();
-        let _ = stream.read_to_end(&mut bytes);
-        bytes
-    })
+        // A program that ends early does not read on.
+        let _ = input.write_all(&bytes);
+    });
 }
 
 /// Waits for a started command; one that takes longer than [`LIMIT`] is killed and fails the test.
@@ -228,21 +326,14 @@ pub fn finish(mut running: Running) -> Ran {
             break status;
         }
         if running.started.elapsed() > LIMIT {
-            // SAFETY: `killpg` has no preconditions; the group is the one that `start` made.
-            unsafe { libc::killpg(running.child.id() as i32, libc::SIGKILL) };
-            let _ = running.child.wait();
-            let stderr = running.stderr.join().unwrap();
-            panic!(
-                "no end after {LIMIT:?}:\n{}",
-                String::from_utf8_lossy(&stderr)
-            );
+            running.kill();
+            panic!("no end after {LIMIT:?}:\n{}", running.stderr.all());
         }
-        std::thread::sleep(Duration::from_millis(10));
+        std::thread::sleep(POLL);
     };
-    use std::os::unix::process::ExitStatusExt;
     Ran {
-        stdout: String::from_utf8_lossy(&running.stdout.join().unwrap()).into_owned(),
-        stderr: String::from_utf8_lossy(&running.stderr.join().unwrap()).into_owned(),
+        stdout: running.stdout.all(),
+        stderr: running.stderr.all(),
         status: status
             .code()
             .unwrap_or_else(|| 128 + status.signal().unwrap_or(0)),

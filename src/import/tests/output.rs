@@ -85,6 +85,33 @@ fn a_directory_with_a_checkpoint_is_left_alone() {
 }
 
 #[test]
+fn an_occupied_directory_is_noticed_before_the_model_is_read() {
+    let dir = model_dir();
+    fs::write(dir.path().join("config.json"), "mine").expect("the file can be written");
+    let error = import(&dir.path().join("no-such.gguf"), dir.path());
+    let error = error.expect_err("the directory is occupied");
+    assert!(matches!(error, ImportError::Occupied { .. }), "{error}");
+}
+
+#[test]
+fn what_is_no_file_or_empty_is_told_so() {
+    let dir = tempfile::tempdir().expect("a temporary directory can be made");
+    let (empty, out) = (dir.path().join("empty.gguf"), dir.path().join("out"));
+    fs::write(&empty, "").expect("the file can be written");
+    for (source, words) in [
+        (dir.path(), "is a directory"),
+        (&empty, "the file is empty"),
+    ] {
+        let error = import(source, &out)
+            .expect_err("there is no model")
+            .to_string();
+        assert!(error.contains(words), "{error}");
+        assert!(error.contains(&*source.to_string_lossy()), "{error}");
+        assert!(!out.exists());
+    }
+}
+
+#[test]
 fn a_directory_that_cannot_be_made_is_named() {
     let dir = model_dir();
     let gguf = dir.path().join("model.gguf");
