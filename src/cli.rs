@@ -1,6 +1,6 @@
 //! The command line, as types checked once. Defaults stand here and nowhere else; `--help` prints them.
 
-use crate::plan::{LayerRanges, Strategy};
+use crate::plan::{LayerRanges, Strategy, TiedTable};
 use crate::request::{Format, Sampling};
 use crate::stage::DeviceChoice;
 use clap::{Args, Parser, Subcommand, ValueEnum};
@@ -71,6 +71,17 @@ pub struct ModelOptions {
     #[arg(long, value_enum, hide_possible_values = true, default_value = "auto")]
     pub device: DeviceName,
 
+    /// Where an embedding table that is the head too is held: once (on the last rank), or both (on the
+    /// first too, so that no embedding travels)
+    #[arg(
+        long,
+        value_enum,
+        value_name = "WHERE",
+        hide_possible_values = true,
+        default_value = "once"
+    )]
+    pub tied: TiedName,
+
     /// Tokens that a sequence may hold, prompt and answer [default: 4096, or the model's if less]
     #[arg(long, value_name = "TOKENS", value_parser = clap::value_parser!(u64).range(2..=1 << 24))]
     pub context: Option<u64>,
@@ -86,10 +97,11 @@ impl ModelOptions {
     /// options.
     pub fn plan_options(&self) -> String {
         format!(
-            "--strategy {} --context {:?} --memory-limit {:?}",
+            "--strategy {} --tied {:?} --context {:?} --memory-limit {:?}",
             self.layers
                 .as_ref()
                 .map_or(self.strategy.to_string(), LayerRanges::to_string),
+            self.tied,
             self.context,
             self.memory_limit
         )
@@ -257,6 +269,23 @@ impl From<DeviceName> for DeviceChoice {
             DeviceName::Auto => Self::Auto,
             DeviceName::Cpu => Self::Cpu,
             DeviceName::Gpu => Self::Gpu,
+        }
+    }
+}
+
+/// `--tied`.
+#[derive(Debug, Clone, Copy, ValueEnum)]
+#[allow(missing_docs)]
+pub enum TiedName {
+    Once,
+    Both,
+}
+
+impl From<TiedName> for TiedTable {
+    fn from(name: TiedName) -> Self {
+        match name {
+            TiedName::Once => Self::Once,
+            TiedName::Both => Self::Both,
         }
     }
 }

@@ -10,9 +10,9 @@ use crate::schedule::Schedule;
 use crate::stage::Output;
 use crate::transport::Transport;
 use crate::wait::{self, Patience};
-use crate::wire::{self, Frame, SampleParams, Sampled, SampledToken, Step};
+use crate::wire::{self, Entry, Frame, SampleParams, Sampled, SampledToken, Step};
 use anyhow::{Context, Result, bail};
-use std::collections::VecDeque;
+use std::collections::{HashMap, VecDeque};
 use std::time::{Duration, Instant};
 use tracing::debug;
 
@@ -20,6 +20,32 @@ use tracing::debug;
 pub trait Compute {
     /// Computes the step from the activations that came with it.
     fn run(&mut self, step: &Step, payload: &[u8]) -> Result<Output>;
+
+    /// The embeddings of tokens, one row a token as [`Self::run`] of the first rank takes them; asked of
+    /// the last rank, where it holds the table.
+    fn embed(&mut self, tokens: &[u32]) -> Result<Vec<u8>>;
+}
+
+/// How tokens become rows for the first rank.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Rows {
+    /// It looks them up itself.
+    Local,
+    /// The last rank looks them up: those of a prompt when asked, that of a sampled token unasked.
+    FromLast {
+        /// Bytes of one row.
+        row_bytes: usize,
+    },
+}
+
+impl Rows {
+    /// Bytes of the row that travels with each sampled token.
+    fn shared_bytes(self) -> usize {
+        match self {
+            Self::Local => 0,
+            Self::FromLast { row_bytes } => row_bytes,
+        }
+    }
 }
 
 /// What rank 0 is asked to generate, and where the tokens go.
@@ -57,16 +83,36 @@ pub struct Worker<T, C> {
     pub compute: C,
     /// Time and bytes spent.
     pub counters: Counters,
+    rows: Rows,
     sampler: Sampler,
+}
+
+/// A step of rank 0 that waits for its rows, or for the steps before it.
+struct Launch {
+    step: Step,
+    /// `None` while they are on their way.
+    rows: Option<Vec<u8>>,
+}
+
+/// What rank 0 has under way.
+#[derive(Default)]
+struct Leading {
+    /// Steps not yet computed here, in order.
+    launches: VecDeque<Launch>,
+    /// Steps whose tokens are not yet back, in order.
+    unanswered: VecDeque<Step>,
+    /// By slot, the row of the token sampled last, where rows come from the last rank.
+    known_rows: HashMap<u32, Vec<u8>>,
 }
 
 impl<T: Transport, C: Compute> Worker<T, C> {
     /// A rank ready for its first step.
-    pub fn new(transport: T, compute: C) -> Self {
+    pub fn new(transport: T, compute: C, rows: Rows) -> Self {
         Self {
             transport,
             compute,
             counters: Counters::default(),
+            rows,
             sampler: Sampler::default(),
         }
     }
@@ -79,7 +125,7 @@ impl<T: Transport, C: Compute> Worker<T, C> {
         feed: &mut impl Feed,
         step_limit: Duration,
     ) -> Result<()> {
-        let mut unanswered: VecDeque<Step> = VecDeque::new();
+        let mut leading = Leading::default();
         let mut patience = Patience::new();
         loop {
             if schedule.has_room() {
@@ -90,23 +136,95 @@ impl<T: Transport, C: Compute> Worker<T, C> {
                 }
             }
             while let Some(step) = schedule.next_step() {
-                self.execute(&step, &[])?;
-                if step.sampled().next().is_some() {
-                    unanswered.push_back(step);
-                }
-                patience.reset();
+                self.prepare(step, &mut leading)?;
             }
+            let has_launched = self.launch(&mut leading)?;
             match self.transport.try_shared()? {
-                Some(bytes) => {
-                    let step = unanswered
-                        .pop_front()
-                        .context("tokens came that no step asked for")?;
-                    hand_out(Sampled::decode(&step, &bytes)?, schedule, feed)?;
-                    patience.reset();
+                Some(bytes) => self.hand_out(&bytes, &mut leading, schedule, feed)?,
+                None if has_launched => {}
+                None => {
+                    self.wait_for_answer(&mut patience, &leading, step_limit)?;
+                    continue;
                 }
-                None => self.wait_for_answer(&mut patience, unanswered.front(), step_limit)?,
+            }
+            patience.reset();
+        }
+    }
+
+    /// Puts a step in line, and asks for its rows unless they are known or looked up here.
+    fn prepare(&mut self, step: Step, leading: &mut Leading) -> Result<()> {
+        let known = |entry: &Entry| match entry.tokens.len() {
+            1 => leading.known_rows.remove(&entry.slot),
+            _ => None,
+        };
+        let rows = match self.rows {
+            Rows::Local => Some(Vec::new()),
+            Rows::FromLast { .. } => step
+                .entries
+                .iter()
+                .map(known)
+                .collect::<Option<Vec<_>>>()
+                .map(|rows| rows.concat()),
+        };
+        if rows.is_none() {
+            let question = wire::encode(&Frame::Lookup(step.tokens()));
+            self.counters.sent_bytes += question.len() as u64;
+            self.transport.ask_last(question)?;
+        }
+        leading.launches.push_back(Launch { step, rows });
+        Ok(())
+    }
+
+    /// Computes this rank's part of every step in line whose rows are there; whether there was any.
+    fn launch(&mut self, leading: &mut Leading) -> Result<bool> {
+        let mut has_launched = false;
+        while let Some(next) = leading.launches.front_mut() {
+            if next.rows.is_none() {
+                next.rows = self.transport.try_answer()?;
+            }
+            let Some(rows) = next.rows.take() else {
+                break;
+            };
+            let Some(Launch { step, .. }) = leading.launches.pop_front() else {
+                break;
+            };
+            self.execute(&step, &rows)?;
+            if step.sampled().next().is_some() {
+                leading.unanswered.push_back(step);
+            }
+            has_launched = true;
+        }
+        Ok(has_launched)
+    }
+
+    /// Gives the tokens of one step to the feed, and its decision to the schedule.
+    fn hand_out(
+        &mut self,
+        bytes: &[u8],
+        leading: &mut Leading,
+        schedule: &mut Schedule,
+        feed: &mut impl Feed,
+    ) -> Result<()> {
+        let step = leading
+            .unanswered
+            .pop_front()
+            .context("tokens came that no step asked for")?;
+        let row_bytes = self.rows.shared_bytes();
+        let sampled = Sampled::decode(&step, row_bytes, bytes)?;
+        for (index, ((entry, _), token)) in step.sampled().zip(sampled.tokens).enumerate() {
+            let id = token.token;
+            match feed.token(token)? {
+                Then::Continue => {
+                    let row = &sampled.rows[index * row_bytes..][..row_bytes];
+                    if row_bytes > 0 {
+                        leading.known_rows.insert(entry.slot, row.to_vec());
+                    }
+                    schedule.continue_with(id);
+                }
+                Then::Finished => schedule.finish(),
             }
         }
+        Ok(())
     }
 
     /// Ranks above 0: executes steps until rank 0 says that there are no more.
@@ -115,13 +233,34 @@ impl<T: Transport, C: Compute> Worker<T, C> {
             let waiting = Instant::now();
             let bytes = wait::until("the previous rank", None, || {
                 while self.transport.try_shared()?.is_some() {}
+                self.answer_question()?;
                 self.transport.try_receive()
             })?;
             self.counters.wait += waiting.elapsed();
             match wire::decode(&bytes).context("a frame from the previous rank")? {
                 (Frame::Step(step), payload) => self.execute(&step, payload)?,
                 (Frame::End, _) => return self.end(),
+                (Frame::Lookup(_), _) => bail!("a lookup came down the pipeline"),
             }
+        }
+    }
+
+    /// On the last rank, if it holds the embedding table: looks up what the first asks for.
+    fn answer_question(&mut self) -> Result<()> {
+        let is_last = self.transport.rank() + 1 == self.transport.size();
+        if self.rows == Rows::Local || !is_last {
+            return Ok(());
+        }
+        let Some(question) = self.transport.try_question()? else {
+            return Ok(());
+        };
+        match wire::decode(&question).context("a question of the first rank")? {
+            (Frame::Lookup(tokens), _) => {
+                let rows = self.compute.embed(&tokens)?;
+                self.counters.sent_bytes += rows.len() as u64;
+                self.transport.answer_first(rows)
+            }
+            (other, _) => bail!("the first rank asked for {other:?}, expected a lookup"),
         }
     }
 
@@ -142,11 +281,12 @@ impl<T: Transport, C: Compute> Worker<T, C> {
                 frame.extend(rows);
                 self.send(frame)?;
                 if asks_for_tokens {
-                    self.transport.expect_shared(step.sampled_bytes())?;
+                    let length = step.sampled_bytes(self.rows.shared_bytes());
+                    self.transport.expect_shared(length)?;
                 }
             }
             Output::Logits(logits) => {
-                let sampled = self.sampler.sample_step(step, &logits);
+                let sampled = self.sample(step, &logits)?;
                 self.counters.busy += started.elapsed();
                 if asks_for_tokens {
                     let bytes = sampled.encode();
@@ -156,6 +296,21 @@ impl<T: Transport, C: Compute> Worker<T, C> {
             }
         }
         Ok(())
+    }
+
+    /// The tokens that answer a step, with their rows where the first rank will need them.
+    fn sample(&mut self, step: &Step, logits: &[Vec<f32>]) -> Result<Sampled> {
+        let tokens = self.sampler.sample_step(step, logits);
+        let ids: Vec<u32> = tokens.iter().map(|token| token.token).collect();
+        let rows = match self.rows {
+            Rows::FromLast { .. } if !ids.is_empty() => self.compute.embed(&ids)?,
+            _ => Vec::new(),
+        };
+        Ok(Sampled {
+            step: step.number,
+            tokens,
+            rows,
+        })
     }
 
     fn send(&mut self, frame: Vec<u8>) -> Result<()> {
@@ -177,12 +332,14 @@ impl<T: Transport, C: Compute> Worker<T, C> {
     fn wait_for_answer(
         &mut self,
         patience: &mut Patience,
-        unanswered: Option<&Step>,
+        leading: &Leading,
         limit: Duration,
     ) -> Result<()> {
-        if let Some(step) = unanswered
-            && patience.elapsed() > limit
-        {
+        let launch = leading.launches.front().map(|launch| &launch.step);
+        let Some(step) = leading.unanswered.front().or(launch) else {
+            return Ok(patience.pause()?);
+        };
+        if patience.elapsed() > limit {
             bail!(
                 "step {} has had no answer for {:.0} s: a rank or its connection is stuck (raise \
                  --step-timeout if the machines are that slow)",
@@ -190,26 +347,11 @@ impl<T: Transport, C: Compute> Worker<T, C> {
                 patience.elapsed().as_secs_f64()
             );
         }
-        if unanswered.is_none() {
-            return Ok(patience.pause()?);
-        }
         let waiting = Instant::now();
         patience.pause_for_answer()?;
         self.counters.wait += waiting.elapsed();
         Ok(())
     }
-}
-
-/// Gives the tokens of one step to the feed, and its decision to the schedule.
-fn hand_out(sampled: Sampled, schedule: &mut Schedule, feed: &mut impl Feed) -> Result<()> {
-    for token in sampled.tokens {
-        let id = token.token;
-        match feed.token(token)? {
-            Then::Continue => schedule.continue_with(id),
-            Then::Finished => schedule.finish(),
-        }
-    }
-    Ok(())
 }
 
 #[cfg(test)]

@@ -44,7 +44,7 @@ pub fn make_plan(
         .map(|rank| rank.plan_device(options.memory_limit))
         .collect();
     let request = PlanRequest {
-        shape: &files.shape(wire_dtype),
+        shape: &files.shape(wire_dtype, options.tied.into()),
         devices: &devices,
         strategy: options.strategy(),
         context_tokens: context_tokens(options.context, files)?,

@@ -178,6 +178,7 @@ impl Report<'_> {
                 "chosen": self.plan.chosen.name(),
                 "hash": self.plan.fingerprint_hex(),
                 "wire_dtype": self.plan.wire_dtype.name(),
+                "lookup": self.plan.lookup.name(),
                 "context_tokens": self.plan.context_tokens,
                 "sequences": self.plan.sequences,
             },

@@ -4,7 +4,7 @@
 //! Order: repetition penalty, temperature, top-k, top-p, min-p, then one draw. Equal logits are
 //! ordered by token id, so that no sort can decide.
 
-use crate::wire::{SampleParams, Sampled, SampledToken, Step};
+use crate::wire::{SampleParams, SampledToken, Step};
 use std::borrow::Cow;
 use std::collections::HashMap;
 
@@ -17,7 +17,7 @@ pub struct Sampler {
 impl Sampler {
     /// The tokens that answer a step. `logits`: one vector over the vocabulary for every sampled entry.
     /// Every step has to be shown, those that sample nothing too.
-    pub fn sample_step(&mut self, step: &Step, logits: &[Vec<f32>]) -> Sampled {
+    pub fn sample_step(&mut self, step: &Step, logits: &[Vec<f32>]) -> Vec<SampledToken> {
         for slot in &step.release {
             self.histories.remove(slot);
         }
@@ -26,15 +26,10 @@ impl Sampler {
             history.truncate(entry.start as usize);
             history.extend(&entry.tokens);
         }
-        let tokens = step
-            .sampled()
+        step.sampled()
             .zip(logits)
             .map(|((entry, params), logits)| sample(logits, params, &self.histories[&entry.slot]))
-            .collect();
-        Sampled {
-            step: step.number,
-            tokens,
-        }
+            .collect()
     }
 }
 

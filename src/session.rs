@@ -7,8 +7,8 @@ use crate::cluster::{self, ClusterFile, DeviceProfile};
 use crate::hub::{self, Found};
 use crate::log::{RankFormat, tell};
 use crate::model::ModelFiles;
-use crate::pipeline::Worker;
-use crate::plan::{self, Plan, WireDtype};
+use crate::pipeline::{Rows, Worker};
+use crate::plan::{self, Lookup, Plan, WireDtype};
 use crate::planning;
 use crate::progress::Progress;
 use crate::prompts::{self, Prompts};
@@ -72,7 +72,7 @@ fn generate(
     let (stage, mut report) = load(&cluster, &files, &plan, rank, started)?;
     agree::all_succeeded(transport, Ok(()))?;
 
-    let mut worker = Worker::new(&mut *transport, stage);
+    let mut worker = Worker::new(&mut *transport, stage, rows(&files, &plan));
     let outcome = match &rules {
         Some(rules) => Some(lead(options, &cluster, rules, &mut worker)?),
         None => {
@@ -360,6 +360,16 @@ fn load(
         ..RankReport::default()
     };
     Ok((stage, report))
+}
+
+/// How the first rank comes by its rows. One rank alone has the table anyway.
+fn rows(files: &ModelFiles, plan: &Plan) -> Rows {
+    match plan.lookup {
+        Lookup::OnLast if plan.stages.len() > 1 => Rows::FromLast {
+            row_bytes: files.architecture.hidden_size * plan.wire_dtype.size_bytes(),
+        },
+        Lookup::OnLast | Lookup::OnFirst => Rows::Local,
+    }
 }
 
 /// Rank 0's part of the run: requests in, answers out.

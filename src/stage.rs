@@ -9,7 +9,7 @@ use crate::model::{
     Weights,
 };
 use crate::pipeline::Compute;
-use crate::plan::{self, WireDtype};
+use crate::plan::{self, Role, WireDtype};
 use crate::wire::Step;
 use anyhow::{Context, Result, bail, ensure};
 use mlx_rs::{Array, Device, DeviceType, Dtype};
@@ -51,6 +51,8 @@ pub struct Stage {
     rope: Rope,
     hidden_size: usize,
     vocab_size: usize,
+    /// The head, where there is one, is the embedding table.
+    is_tied: bool,
     kv_shape: KvShape,
     wire_dtype: Dtype,
     /// For every sequence in flight, a cache for each layer.
@@ -84,6 +86,7 @@ impl Stage {
             rope: Rope::new(architecture),
             hidden_size: architecture.hidden_size,
             vocab_size: architecture.vocab_size,
+            is_tied: architecture.head == HeadSpec::Tied,
             kv_shape: KvShape {
                 kv_head_count: architecture.family.kv_head_count as i32,
                 head_dim: architecture.family.head_dim as i32,
@@ -132,18 +135,7 @@ impl Stage {
         match &self.inlet {
             Inlet::Embedding(table) => {
                 ensure!(payload.is_empty(), "the first stage was sent activations");
-                let ids: Vec<u32> = step
-                    .entries
-                    .iter()
-                    .flat_map(|entry| entry.tokens.iter().copied())
-                    .collect();
-                if let Some(id) = ids.iter().find(|&&id| id as usize >= self.vocab_size) {
-                    bail!(
-                        "token id {id} is outside the vocabulary of {}",
-                        self.vocab_size
-                    );
-                }
-                table.rows(&Array::from_slice(&ids, &[rows as i32]), self.wire_dtype)
+                self.look_up(table, &step.tokens())
             }
             Inlet::Upstream => {
                 let expected = rows * self.hidden_size * element_bytes(self.wire_dtype);
@@ -163,6 +155,20 @@ impl Stage {
                 })
             }
         }
+    }
+
+    /// Rows of the embedding table, `[tokens, hidden]`.
+    fn look_up(&self, table: &Linear, tokens: &[u32]) -> Result<Array> {
+        if let Some(id) = tokens.iter().find(|&&id| id as usize >= self.vocab_size) {
+            bail!(
+                "token id {id} is outside the vocabulary of {}",
+                self.vocab_size
+            );
+        }
+        table.rows(
+            &Array::from_slice(tokens, &[tokens.len() as i32]),
+            self.wire_dtype,
+        )
     }
 
     /// Evaluates what the step becomes.
@@ -223,6 +229,19 @@ impl Compute for Stage {
         self.caches.extend(slots.zip(caches));
         self.leave(step, &spans, &x)
     }
+
+    /// `[tokens, hidden]` in the wire dtype, on the stage that holds a tied table for the first.
+    ///
+    /// # Errors
+    /// A token outside the vocabulary, or a stage without the table.
+    fn embed(&mut self, tokens: &[u32]) -> Result<Vec<u8>> {
+        match &self.outlet {
+            Outlet::Head { projection, .. } if self.is_tied => {
+                to_bytes(&self.look_up(projection, tokens)?)
+            }
+            _ => bail!("this rank holds no embedding table to look tokens up in"),
+        }
+    }
 }
 
 /// What this rank computes on.
@@ -269,9 +288,9 @@ fn load_ends(
     weights: &mut Weights,
 ) -> Result<(Inlet, Outlet)> {
     let mut table = None;
-    let inlet = match stage.role.owns_embedding() {
-        false => Inlet::Upstream,
-        true => {
+    let inlet = match stage.role {
+        Role::Middle | Role::Last | Role::LastWithTable => Inlet::Upstream,
+        Role::Only | Role::First => {
             let loaded = Linear::load(&architecture.embed_tokens, weights)?;
             table = Some(loaded.clone());
             Inlet::Embedding(loaded)

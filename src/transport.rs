@@ -15,7 +15,7 @@ use mpi::point_to_point::{Destination, Source};
 use mpi::request::{Request, StaticScope};
 use mpi::topology::{Communicator, SimpleCommunicator};
 use mpi::{Rank, Tag, Threading};
-use std::collections::VecDeque;
+use std::collections::{HashMap, VecDeque};
 use std::time::Duration;
 
 /// What the pipeline needs of the ranks' connection.
@@ -41,6 +41,18 @@ pub trait Transport {
     /// The oldest shared bytes not yet taken, if they have come.
     fn try_shared(&mut self) -> Result<Option<Vec<u8>>>;
 
+    /// On the first rank: starts sending a frame straight to the last; returns at once.
+    fn ask_last(&mut self, frame: Vec<u8>) -> Result<()>;
+
+    /// On the last rank: the next frame straight from the first, if one has come.
+    fn try_question(&mut self) -> Result<Option<Vec<u8>>>;
+
+    /// On the last rank: starts sending bytes straight to the first; returns at once.
+    fn answer_first(&mut self, bytes: Vec<u8>) -> Result<()>;
+
+    /// On the first rank: the next bytes straight from the last, if they have come.
+    fn try_answer(&mut self) -> Result<Option<Vec<u8>>>;
+
     /// Every rank's bytes, in rank order, on every rank. Waits for all ranks, for `limit` at most.
     fn gather_all(&mut self, bytes: &[u8], limit: Option<Duration>) -> Result<Vec<Vec<u8>>>;
 
@@ -49,9 +61,13 @@ pub trait Transport {
 }
 
 const FLUSH_LIMIT: Duration = Duration::from_secs(60);
+/// The rank that leads.
+const FIRST: Rank = 0;
 /// How long MPI may take to end.
 const ENDING_LIMIT: Duration = Duration::from_secs(3);
 const FRAME_TAG: Tag = 1;
+const QUESTION_TAG: Tag = 2;
+const ANSWER_TAG: Tag = 3;
 
 /// Ranks of an MPI job.
 ///
@@ -61,7 +77,8 @@ pub struct MpiTransport {
     // Declared first, dropped first: requests must be gone before MPI is.
     sending: VecDeque<OwnedRequest>,
     sharing: VecDeque<OwnedRequest>,
-    receiving: Option<OwnedRequest>,
+    /// What is being received, by tag.
+    receiving: HashMap<Tag, OwnedRequest>,
     world: SimpleCommunicator,
     _universe: Universe,
 }
@@ -83,7 +100,7 @@ impl MpiTransport {
         Ok(Self {
             sending: VecDeque::new(),
             sharing: VecDeque::new(),
-            receiving: None,
+            receiving: HashMap::new(),
             world,
             _universe: universe,
         })
@@ -97,6 +114,38 @@ impl MpiTransport {
     /// Drops the requests that have completed.
     fn reap(&mut self) {
         self.sending.retain_mut(|request| !request.is_complete());
+    }
+
+    /// Starts sending; returns at once.
+    fn send(&mut self, bytes: Vec<u8>, to: Rank, tag: Tag) -> Result<()> {
+        self.reap();
+        check_length(bytes.len())?;
+        let destination = self.world.process_at_rank(to);
+        self.sending.push_back(OwnedRequest::start(bytes, |buffer| {
+            destination.immediate_send_with_tag(StaticScope, &*buffer, tag)
+        }));
+        Ok(())
+    }
+
+    /// The next message of this tag, if it has come whole.
+    fn receive(&mut self, from: Rank, tag: Tag) -> Result<Option<Vec<u8>>> {
+        self.reap();
+        let mut pending = self.receiving.remove(&tag);
+        if pending.is_none() {
+            let source = self.world.process_at_rank(from);
+            let Some((message, status)) = source.immediate_matched_probe_with_tag(tag) else {
+                return Ok(None);
+            };
+            let length = status.count(u8::equivalent_datatype()) as usize;
+            pending = Some(OwnedRequest::start(vec![0; length], |buffer| {
+                message.immediate_matched_receive_into(StaticScope, buffer)
+            }));
+        }
+        let received = take_if_complete(&mut pending);
+        if let Some(pending) = pending {
+            self.receiving.insert(tag, pending);
+        }
+        Ok(received)
     }
 
     fn last(&self) -> Rank {
@@ -133,6 +182,22 @@ impl<T: Transport> Transport for &mut T {
         (**self).try_shared()
     }
 
+    fn ask_last(&mut self, frame: Vec<u8>) -> Result<()> {
+        (**self).ask_last(frame)
+    }
+
+    fn try_question(&mut self) -> Result<Option<Vec<u8>>> {
+        (**self).try_question()
+    }
+
+    fn answer_first(&mut self, bytes: Vec<u8>) -> Result<()> {
+        (**self).answer_first(bytes)
+    }
+
+    fn try_answer(&mut self) -> Result<Option<Vec<u8>>> {
+        (**self).try_answer()
+    }
+
     fn gather_all(&mut self, bytes: &[u8], limit: Option<Duration>) -> Result<Vec<Vec<u8>>> {
         (**self).gather_all(bytes, limit)
     }
@@ -152,30 +217,27 @@ impl Transport for MpiTransport {
     }
 
     fn send_next(&mut self, frame: Vec<u8>) -> Result<()> {
-        self.reap();
-        check_length(frame.len())?;
-        let next = self.world.process_at_rank(self.world.rank() + 1);
-        let request = OwnedRequest::start(frame, |buffer| {
-            next.immediate_send_with_tag(StaticScope, &*buffer, FRAME_TAG)
-        });
-        self.sending.push_back(request);
-        Ok(())
+        self.send(frame, self.world.rank() + 1, FRAME_TAG)
     }
 
     fn try_receive(&mut self) -> Result<Option<Vec<u8>>> {
-        self.reap();
-        if self.receiving.is_none() {
-            let previous = self.world.process_at_rank(self.world.rank() - 1);
-            let Some((message, status)) = previous.immediate_matched_probe_with_tag(FRAME_TAG)
-            else {
-                return Ok(None);
-            };
-            let length = status.count(u8::equivalent_datatype()) as usize;
-            self.receiving = Some(OwnedRequest::start(vec![0; length], |buffer| {
-                message.immediate_matched_receive_into(StaticScope, buffer)
-            }));
-        }
-        Ok(take_if_complete(&mut self.receiving))
+        self.receive(self.world.rank() - 1, FRAME_TAG)
+    }
+
+    fn ask_last(&mut self, frame: Vec<u8>) -> Result<()> {
+        self.send(frame, self.last(), QUESTION_TAG)
+    }
+
+    fn try_question(&mut self) -> Result<Option<Vec<u8>>> {
+        self.receive(FIRST, QUESTION_TAG)
+    }
+
+    fn answer_first(&mut self, bytes: Vec<u8>) -> Result<()> {
+        self.send(bytes, FIRST, ANSWER_TAG)
+    }
+
+    fn try_answer(&mut self) -> Result<Option<Vec<u8>>> {
+        self.receive(self.last(), ANSWER_TAG)
     }
 
     fn share(&mut self, bytes: Vec<u8>) -> Result<()> {

@@ -7,11 +7,12 @@
 use std::mem::size_of;
 
 /// Raised when a byte of the format changes; ranks compare it before they load anything.
-pub const PROTOCOL_VERSION: u16 = 1;
+pub const PROTOCOL_VERSION: u16 = 2;
 
 const MAGIC: [u8; 4] = *b"MXPS";
 const KIND_STEP: u8 = 1;
 const KIND_END: u8 = 2;
+const KIND_LOOKUP: u8 = 3;
 
 /// Why a frame was refused.
 #[derive(Debug, thiserror::Error, PartialEq)]
@@ -95,12 +96,22 @@ pub enum Frame {
     Step(Step),
     /// No more steps.
     End,
+    /// To the last rank, where it holds the embedding table: the rows of these tokens, please.
+    Lookup(Vec<u32>),
 }
 
 impl Step {
     /// Rows of the step's activations.
     pub fn row_count(&self) -> usize {
         self.entries.iter().map(|entry| entry.tokens.len()).sum()
+    }
+
+    /// The tokens of all entries, row by row.
+    pub fn tokens(&self) -> Vec<u32> {
+        let entries = self.entries.iter();
+        entries
+            .flat_map(|entry| entry.tokens.iter().copied())
+            .collect()
     }
 
     /// Entries that are sampled from.
@@ -111,10 +122,11 @@ impl Step {
     }
 
     /// Bytes of the [`Sampled`] that answers this step; every rank can tell them from the step.
-    pub fn sampled_bytes(&self) -> usize {
+    /// `row_bytes`: those of the embedding that travels with each token, 0 if none does.
+    pub fn sampled_bytes(&self, row_bytes: usize) -> usize {
         let records: usize = self
             .sampled()
-            .map(|(_, sample)| record_bytes(sample.logprobs))
+            .map(|(_, sample)| record_bytes(sample.logprobs) + row_bytes)
             .sum();
         size_of::<u64>() + records
     }
@@ -127,6 +139,10 @@ pub fn encode(frame: &Frame) -> Vec<u8> {
     bytes.extend(PROTOCOL_VERSION.to_le_bytes());
     match frame {
         Frame::End => bytes.push(KIND_END),
+        Frame::Lookup(tokens) => {
+            bytes.push(KIND_LOOKUP);
+            encode_tokens(tokens, &mut bytes);
+        }
         Frame::Step(step) => {
             bytes.push(KIND_STEP);
             bytes.extend(step.number.to_le_bytes());
@@ -143,13 +159,17 @@ pub fn encode(frame: &Frame) -> Vec<u8> {
     bytes
 }
 
+fn encode_tokens(tokens: &[u32], bytes: &mut Vec<u8>) {
+    bytes.extend((tokens.len() as u32).to_le_bytes());
+    for token in tokens {
+        bytes.extend(token.to_le_bytes());
+    }
+}
+
 fn encode_entry(entry: &Entry, bytes: &mut Vec<u8>) {
     bytes.extend(entry.slot.to_le_bytes());
     bytes.extend(entry.start.to_le_bytes());
-    bytes.extend((entry.tokens.len() as u32).to_le_bytes());
-    for token in &entry.tokens {
-        bytes.extend(token.to_le_bytes());
-    }
+    encode_tokens(&entry.tokens, bytes);
     bytes.push(entry.sample.is_some() as u8);
     if let Some(sample) = &entry.sample {
         bytes.extend(sample.temperature.to_le_bytes());
@@ -183,6 +203,7 @@ pub fn decode(bytes: &[u8]) -> Result<(Frame, &[u8]), WireError> {
     }
     let frame = match reader.array::<1>()?[0] {
         KIND_END => Frame::End,
+        KIND_LOOKUP => Frame::Lookup(decode_tokens(&mut reader)?),
         KIND_STEP => Frame::Step(decode_step(&mut reader)?),
         kind => return Err(WireError::Foreign(format!("unknown kind {kind}"))),
     };
@@ -206,17 +227,17 @@ fn decode_step(reader: &mut Reader) -> Result<Step, WireError> {
     })
 }
 
+/// At least one token.
+fn decode_tokens(reader: &mut Reader) -> Result<Vec<u32>, WireError> {
+    match reader.count(size_of::<u32>())? {
+        0 => Err(WireError::Inconsistent("a list of tokens is empty".into())),
+        count => (0..count).map(|_| reader.u32()).collect(),
+    }
+}
+
 fn decode_entry(reader: &mut Reader) -> Result<Entry, WireError> {
     let (slot, start) = (reader.u32()?, reader.u32()?);
-    let token_count = reader.count(size_of::<u32>())?;
-    if token_count == 0 {
-        return Err(WireError::Inconsistent(format!(
-            "the entry of slot {slot} has no tokens"
-        )));
-    }
-    let tokens = (0..token_count)
-        .map(|_| reader.u32())
-        .collect::<Result<_, _>>()?;
+    let tokens = decode_tokens(reader)?;
     let sample = match reader.flag()? {
         false => None,
         true => Some(decode_sample(reader)?),
@@ -262,6 +283,9 @@ pub struct Sampled {
     pub step: u64,
     /// One a sampled entry.
     pub tokens: Vec<SampledToken>,
+    /// The tokens' embeddings, one below the other in the wire dtype, where the last rank looks them
+    /// up; else empty.
+    pub rows: Vec<u8>,
 }
 
 /// Bytes of one sampled token: the token, and where asked for its logprob and the top ones.
@@ -273,7 +297,7 @@ fn record_bytes(logprobs: Option<u8>) -> usize {
 }
 
 impl Sampled {
-    /// Exactly [`Step::sampled_bytes`] bytes for the step that it answers.
+    /// As many bytes as [`Step::sampled_bytes`] says for the step that it answers.
     pub fn encode(&self) -> Vec<u8> {
         let mut bytes = self.step.to_le_bytes().to_vec();
         for token in &self.tokens {
@@ -286,20 +310,21 @@ impl Sampled {
                 }
             }
         }
+        bytes.extend(&self.rows);
         bytes
     }
 
-    /// Reads the answer to `step`.
+    /// Reads the answer to `step`; `row_bytes` as for [`Step::sampled_bytes`].
     ///
     /// # Errors
     /// Another length than the step foretells, or another step's number.
-    pub fn decode(step: &Step, bytes: &[u8]) -> Result<Self, WireError> {
-        if bytes.len() != step.sampled_bytes() {
+    pub fn decode(step: &Step, row_bytes: usize, bytes: &[u8]) -> Result<Self, WireError> {
+        if bytes.len() != step.sampled_bytes(row_bytes) {
             return Err(WireError::Inconsistent(format!(
                 "step {} is answered by {} bytes, expected {}",
                 step.number,
                 bytes.len(),
-                step.sampled_bytes()
+                step.sampled_bytes(row_bytes)
             )));
         }
         let mut reader = Reader { bytes, at: 0 };
@@ -317,6 +342,7 @@ impl Sampled {
         Ok(Self {
             step: number,
             tokens,
+            rows: bytes[reader.at..].to_vec(),
         })
     }
 }
@@ -471,7 +497,7 @@ mod tests {
         }
 
         #[test]
-        fn sampled_tokens_have_the_length_that_the_step_foretells(step in step()) {
+        fn sampled_tokens_have_the_length_that_the_step_foretells(step in step(), row_bytes in 0usize..9) {
             let sampled = Sampled {
                 step: step.number,
                 tokens: step.sampled().map(|(entry, sample)| SampledToken {
@@ -479,11 +505,12 @@ mod tests {
                     logprob: sample.logprobs.map(|_| -0.5),
                     top: vec![(7, -1.0); sample.logprobs.unwrap_or(0) as usize],
                 }).collect(),
+                rows: vec![7; row_bytes * step.sampled().count()],
             };
             let bytes = sampled.encode();
-            prop_assert_eq!(bytes.len(), step.sampled_bytes());
-            prop_assert_eq!(Sampled::decode(&step, &bytes), Ok(sampled));
-            prop_assert!(Sampled::decode(&step, &bytes[1..]).is_err());
+            prop_assert_eq!(bytes.len(), step.sampled_bytes(row_bytes));
+            prop_assert_eq!(Sampled::decode(&step, row_bytes, &bytes), Ok(sampled));
+            prop_assert!(Sampled::decode(&step, row_bytes, &bytes[1..]).is_err());
         }
     }
 
@@ -509,7 +536,7 @@ mod tests {
         bytes[4] = 99;
         assert_eq!(
             decode(&bytes).unwrap_err().to_string(),
-            "frame does not begin as expected: protocol version 99, this rank speaks 1"
+            "frame does not begin as expected: protocol version 99, this rank speaks 2"
         );
         bytes[0] = b'?';
         assert!(decode(&bytes).unwrap_err().to_string().contains("expected"));

@@ -7,7 +7,9 @@ mod common;
 use common::{Golden, GoldenPrompt, cuts, golden_cases};
 use mlx_pipe::model::ModelFiles;
 use mlx_pipe::pipeline::Compute;
-use mlx_pipe::plan::{Device, LayerRanges, Plan, PlanRequest, Strategy, WireDtype, plan};
+use mlx_pipe::plan::{
+    Device, LayerRanges, Plan, PlanRequest, Strategy, TiedTable, WireDtype, plan,
+};
 use mlx_pipe::stage::{DeviceChoice, Output, Stage, use_device};
 use mlx_pipe::wire::{Entry, SampleParams, Step};
 
@@ -79,7 +81,7 @@ fn plan_of(files: &ModelFiles, cut: &[std::ops::Range<usize>]) -> Plan {
         cut.len()
     ];
     plan(&PlanRequest {
-        shape: &files.shape(WireDtype::F32),
+        shape: &files.shape(WireDtype::F32, TiedTable::Both),
         devices: &devices,
         strategy: Strategy::Manual(LayerRanges(cut.to_vec())),
         context_tokens: 512,

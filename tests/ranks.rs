@@ -59,6 +59,41 @@ fn tokens_and_digest_are_those_of_mlx_lm_on_one_to_four_ranks() {
 }
 
 #[test]
+fn a_tied_table_held_once_gives_the_same_tokens_and_exactly_one_model() {
+    let scratch = tempfile::tempdir().unwrap();
+    for name in [
+        "qwen3-tied-8bit",
+        "llama-tied-bf16-llama3-rope",
+        "qwen2-tied-8bit",
+    ] {
+        let golden = golden(name);
+        for (ranks, tied) in [(2, "once"), (3, "once"), (4, "once"), (3, "both")] {
+            let file = scratch.path().join(format!("{name}-{ranks}-{tied}.json"));
+            let mut command = mpirun(ranks);
+            command
+                .arg("--model")
+                .arg(&golden.dir)
+                .args(["--device", "cpu", "--tied", tied]);
+            command
+                .arg("--report")
+                .arg(&file)
+                .args(["--prefill-chunk", "16"]);
+            let ran = run(&mut command, golden_requests(&golden).as_bytes()).succeeded();
+            for (prompt, tokens) in golden.prompts.iter().zip(ran.token_ids()) {
+                assert_eq!(tokens, prompt.answer(), "{name} on {ranks} ranks, {tied}");
+            }
+            let report = report_of(&ran, &file);
+            let (loaded, model) = (&report["loaded_bytes"], &report["model_bytes"]);
+            assert_eq!(
+                loaded == model,
+                tied == "once",
+                "{name}: {loaded} of {model}"
+            );
+        }
+    }
+}
+
+#[test]
 fn uneven_splits_by_hand_give_the_same_tokens() {
     let golden = golden("qwen3-tied-8bit");
     let requests = golden_requests(&golden);

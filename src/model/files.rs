@@ -6,7 +6,7 @@ use super::generation::end_of_sequence_ids;
 use super::inventory::Inventory;
 use crate::bounded_file;
 use crate::checkpoint::Checkpoint;
-use crate::plan::{ModelShape, WireDtype};
+use crate::plan::{Head, ModelShape, TiedTable, WireDtype};
 use anyhow::{Context, Result, bail};
 use serde_json::Value;
 use sha2::{Digest, Sha256};
@@ -63,10 +63,19 @@ impl ModelFiles {
         })
     }
 
-    /// Bytes of every part of the model, for a cache in `kv_dtype`.
-    pub fn shape(&self, kv_dtype: WireDtype) -> ModelShape {
-        self.inventory
-            .shape(&self.architecture, &self.checkpoint, kv_dtype.size_bytes())
+    /// Bytes of every part of the model, for a cache in `kv_dtype`; `tied` says where a tied table stands.
+    pub fn shape(&self, kv_dtype: WireDtype, tied: TiedTable) -> ModelShape {
+        let tied_head = match tied {
+            TiedTable::Once => Head::TiedOnce,
+            TiedTable::Both => Head::Tied,
+        };
+        let element_bytes = kv_dtype.size_bytes();
+        self.inventory.shape(
+            &self.architecture,
+            &self.checkpoint,
+            element_bytes,
+            tied_head,
+        )
     }
 
     /// What names, shapes and places of all tensors hash to, in hexadecimal.

@@ -47,12 +47,14 @@ impl Inventory {
         Ok(inventory)
     }
 
-    /// Bytes of each part as the checkpoint stores it; `kv_element_bytes` is the cache's element size.
+    /// Bytes of each part as the checkpoint stores it; `kv_element_bytes` is the cache's element size,
+    /// `tied_head` where a tied table is to stand.
     pub fn shape(
         &self,
         architecture: &Architecture,
         checkpoint: &Checkpoint,
         kv_element_bytes: usize,
+        tied_head: Head,
     ) -> ModelShape {
         let bytes = |specs: &[TensorSpec]| {
             specs
@@ -66,7 +68,7 @@ impl Inventory {
             embedding_bytes: bytes(&self.embedding),
             norm_bytes: bytes(&self.norm),
             head: match architecture.head {
-                HeadSpec::Tied => Head::Tied,
+                HeadSpec::Tied => tied_head,
                 HeadSpec::Own(_) => Head::Own {
                     bytes: bytes(&self.head),
                 },

@@ -20,6 +20,10 @@ struct LocalTransport {
     shared: Receiver<Vec<u8>>,
     /// Lengths announced and not yet received, oldest first.
     expected: VecDeque<usize>,
+    ask: Option<Sender<Vec<u8>>>,
+    questions: Option<Receiver<Vec<u8>>>,
+    answer: Option<Sender<Vec<u8>>>,
+    answers: Option<Receiver<Vec<u8>>>,
 }
 
 /// `size` ranks connected with each other.
@@ -29,6 +33,9 @@ fn local_ranks(size: usize) -> Vec<LocalTransport> {
         .map(|_| channel())
         .map(|(s, r)| (Some(s), Some(r)))
         .unzip();
+    let (ask, questions) = channel();
+    let (answer, answers) = channel();
+    let (mut questions, mut answers) = (Some(questions), Some(answers));
     sends.push(None);
     receives.insert(0, None);
     shared.reverse();
@@ -48,6 +55,14 @@ fn local_ranks(size: usize) -> Vec<LocalTransport> {
             },
             shared: shared.pop().unwrap(),
             expected: VecDeque::new(),
+            ask: (rank == 0).then(|| ask.clone()),
+            questions: if rank + 1 == size {
+                questions.take()
+            } else {
+                None
+            },
+            answer: (rank + 1 == size).then(|| answer.clone()),
+            answers: if rank == 0 { answers.take() } else { None },
         })
         .collect()
 }
@@ -110,6 +125,43 @@ impl Transport for LocalTransport {
         Ok(Some(bytes))
     }
 
+    fn ask_last(&mut self, frame: Vec<u8>) -> Result<()> {
+        assert_eq!(self.rank, 0);
+        let _ = self
+            .ask
+            .as_ref()
+            .context("only the first rank asks")?
+            .send(frame);
+        Ok(())
+    }
+
+    fn try_question(&mut self) -> Result<Option<Vec<u8>>> {
+        Ok(self
+            .questions
+            .as_ref()
+            .context("only the last rank is asked")?
+            .try_recv()
+            .ok())
+    }
+
+    fn answer_first(&mut self, bytes: Vec<u8>) -> Result<()> {
+        let _ = self
+            .answer
+            .as_ref()
+            .context("only the last rank answers")?
+            .send(bytes);
+        Ok(())
+    }
+
+    fn try_answer(&mut self) -> Result<Option<Vec<u8>>> {
+        Ok(self
+            .answers
+            .as_ref()
+            .context("only the first rank is answered")?
+            .try_recv()
+            .ok())
+    }
+
     fn gather_all(&mut self, _: &[u8], _: Option<Duration>) -> Result<Vec<Vec<u8>>> {
         unreachable!("the loop does not gather")
     }
@@ -127,14 +179,28 @@ const VOCABULARY: u32 = 97;
 /// A stage whose hidden state is a running sum over the sequence: every rank adds one to each row, the
 /// last gives the sum's remainder as the best token. A token lost, doubled or out of order changes it.
 struct Sums {
-    is_first: bool,
+    /// Token ids come as such, not as rows.
+    looks_up: bool,
     is_last: bool,
     delay: Duration,
     /// Rows of the sequence so far, as this rank received them.
     rows: Vec<u64>,
 }
 
+/// A token's row is its number, as eight bytes.
+fn embedding(tokens: &[u32]) -> Vec<u8> {
+    tokens
+        .iter()
+        .flat_map(|&token| (token as u64).to_le_bytes())
+        .collect()
+}
+
 impl Compute for Sums {
+    fn embed(&mut self, tokens: &[u32]) -> Result<Vec<u8>> {
+        assert!(self.is_last, "only the last rank is asked for rows");
+        Ok(embedding(tokens))
+    }
+
     fn run(&mut self, step: &Step, payload: &[u8]) -> Result<Output> {
         std::thread::sleep(self.delay);
         if !step.release.is_empty() {
@@ -147,7 +213,7 @@ impl Compute for Sums {
             entry.start
         );
         self.rows.truncate(entry.start as usize);
-        let incoming: Vec<u64> = match self.is_first {
+        let incoming: Vec<u64> = match self.looks_up {
             true => entry.tokens.iter().map(|&token| token as u64).collect(),
             false => payload
                 .chunks_exact(8)
@@ -223,19 +289,20 @@ fn generate(
     chunk: usize,
     delays_us: &[u64],
     hesitation: usize,
+    rows: Rows,
 ) -> Vec<Vec<u32>> {
     let mut transports = local_ranks(ranks).into_iter();
     let stage = |rank: usize| Sums {
-        is_first: rank == 0,
+        looks_up: rank == 0 && rows == Rows::Local,
         is_last: rank + 1 == ranks,
         delay: Duration::from_micros(delays_us[rank % delays_us.len()]),
         rows: Vec::new(),
     };
-    let mut leader = Worker::new(transports.next().unwrap(), stage(0));
+    let mut leader = Worker::new(transports.next().unwrap(), stage(0), rows);
     let followers: Vec<_> = transports
         .map(|transport| {
             let stage = stage(transport.rank);
-            let mut worker = Worker::new(transport, stage);
+            let mut worker = Worker::new(transport, stage, rows);
             std::thread::spawn(move || worker.follow())
         })
         .collect();
@@ -265,8 +332,13 @@ proptest! {
         chunk in 1usize..9,
         delays_us in prop::collection::vec(0u64..60, 1..6),
         hesitation in 0usize..3,
+        from_last: bool,
     ) {
-        let answers = generate(&prompts, ranks, chunk, &delays_us, hesitation);
+        let rows = match from_last && ranks > 1 {
+            true => Rows::FromLast { row_bytes: 8 },
+            false => Rows::Local,
+        };
+        let answers = generate(&prompts, ranks, chunk, &delays_us, hesitation, rows);
         let expected: Vec<Vec<u32>> =
             prompts.iter().map(|(prompt, count)| expected(prompt, *count, ranks as u64)).collect();
         prop_assert_eq!(answers, expected);
@@ -278,12 +350,12 @@ fn an_answer_that_stays_out_is_an_error_that_names_the_step() {
     let mut transports = local_ranks(2);
     let _silent = transports.pop();
     let stage = Sums {
-        is_first: true,
+        looks_up: true,
         is_last: false,
         delay: Duration::ZERO,
         rows: Vec::new(),
     };
-    let mut leader = Worker::new(transports.pop().unwrap(), stage);
+    let mut leader = Worker::new(transports.pop().unwrap(), stage, Rows::Local);
     let mut list = List {
         left: VecDeque::from([(vec![1], 1)]),
         remaining: 0,
@@ -309,12 +381,12 @@ fn a_frame_that_is_none_ends_the_rank_with_an_error() {
         .send_next(b"not a frame at all".to_vec())
         .unwrap();
     let stage = Sums {
-        is_first: false,
+        looks_up: false,
         is_last: true,
         delay: Duration::ZERO,
         rows: Vec::new(),
     };
-    let error = Worker::new(last, stage).follow().unwrap_err();
+    let error = Worker::new(last, stage, Rows::Local).follow().unwrap_err();
     assert!(
         format!("{error:#}").contains("a frame from the previous rank"),
         "{error:#}"

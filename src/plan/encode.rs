@@ -8,7 +8,7 @@ use sha2::{Digest, Sha256};
 use super::{Footprint, Plan, Stage};
 
 /// First bytes of the encoding. Raise the number whenever a field is added or changes meaning.
-const MAGIC: &[u8] = b"mlx-pipe plan 1\0";
+const MAGIC: &[u8] = b"mlx-pipe plan 2\0";
 
 impl Plan {
     /// Every field of the plan as bytes: integers as little-endian u64, texts with their length
@@ -18,6 +18,7 @@ impl Plan {
         out.text(self.strategy.name());
         out.text(self.chosen.name());
         out.text(self.wire_dtype.name());
+        out.text(self.lookup.name());
         out.number(self.layer_count as u64);
         out.number(self.model_bytes);
         out.number(self.context_tokens);

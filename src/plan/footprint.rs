@@ -120,7 +120,7 @@ impl<'a> Ledger<'a> {
         // total as well.
         let second_table_bytes = match shape.head {
             Head::Tied => shape.embedding_bytes,
-            Head::Own { .. } => 0,
+            Head::TiedOnce | Head::Own { .. } => 0,
         };
         let model_bytes = shape.model_bytes()?;
         model_bytes
@@ -149,7 +149,7 @@ impl<'a> Ledger<'a> {
 
     /// What `rank` holds with `layers`.
     pub(super) fn footprint(&self, rank: usize, layers: &Range<usize>) -> Footprint {
-        let role = Role::of(rank, self.rank_count());
+        let role = self.role(rank);
         Footprint {
             layers_bytes: self.layers_bytes(layers),
             embedding_bytes: if role.owns_embedding() {
@@ -169,7 +169,7 @@ impl<'a> Ledger<'a> {
 
     /// Predicted time of `rank` with `layers`.
     pub(super) fn time(&self, rank: usize, layers: &Range<usize>) -> StageTime {
-        let ends_bytes = if Role::of(rank, self.rank_count()).owns_head() {
+        let ends_bytes = if self.role(rank).owns_head() {
             self.shape.norm_bytes + self.shape.head_step_bytes()
         } else {
             0
@@ -210,11 +210,15 @@ impl<'a> Ledger<'a> {
         let stage = |(rank, layers): (usize, &Range<usize>)| Stage {
             device: self.devices[rank].clone(),
             layers: layers.clone(),
-            role: Role::of(rank, self.rank_count()),
+            role: self.role(rank),
             footprint: self.footprint(rank, layers),
             time: self.time(rank, layers),
         };
         ranges.iter().enumerate().map(stage).collect()
+    }
+
+    fn role(&self, rank: usize) -> Role {
+        Role::of(rank, self.rank_count(), self.shape.lookup())
     }
 
     fn layers_bytes(&self, layers: &Range<usize>) -> u64 {
@@ -223,7 +227,8 @@ impl<'a> Ledger<'a> {
 
     fn head_held_bytes(&self, role: Role) -> u64 {
         match (role, self.shape.head) {
-            (Role::First | Role::Middle, _) | (Role::Only, Head::Tied) => 0,
+            (Role::First | Role::Middle | Role::LastWithTable, _) => 0,
+            (Role::Only, Head::Tied | Head::TiedOnce) => 0,
             (Role::Only | Role::Last, _) => self.shape.head_step_bytes(),
         }
     }

@@ -57,6 +57,8 @@ pub enum Head {
     /// The embedding table serves as head too. The first rank holds it for the lookup and the last
     /// one for the head; a rank that is both holds it once.
     Tied,
+    /// The same, but the last rank alone holds the table and looks rows up for the first.
+    TiedOnce,
     /// A matrix of its own.
     Own {
         /// Bytes of that matrix, scales and biases included.
@@ -73,15 +75,23 @@ impl ModelShape {
     /// Bytes that the head reads in a step: its own, or those of the tied table.
     pub fn head_step_bytes(&self) -> u64 {
         match self.head {
-            Head::Tied => self.embedding_bytes,
+            Head::Tied | Head::TiedOnce => self.embedding_bytes,
             Head::Own { bytes } => bytes,
+        }
+    }
+
+    /// Where token ids are turned into hidden states.
+    pub fn lookup(&self) -> Lookup {
+        match self.head {
+            Head::TiedOnce => Lookup::OnLast,
+            Head::Tied | Head::Own { .. } => Lookup::OnFirst,
         }
     }
 
     /// Bytes of one whole model, a tied table counted once. `None` when they exceed 64 bits.
     pub fn model_bytes(&self) -> Option<u64> {
         let head_bytes = match self.head {
-            Head::Tied => 0,
+            Head::Tied | Head::TiedOnce => 0,
             Head::Own { bytes } => bytes,
         };
         [self.embedding_bytes, self.norm_bytes, head_bytes]
@@ -155,6 +165,34 @@ pub struct PlanRequest<'a> {
     pub wire_dtype: WireDtype,
 }
 
+/// Where an embedding table that serves as head too is held.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum TiedTable {
+    /// On the last rank only: all ranks together hold exactly one model.
+    Once,
+    /// On the first and the last rank: no embedding travels.
+    Both,
+}
+
+/// Which rank turns token ids into hidden states.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Lookup {
+    /// The first, which then needs the embedding table.
+    OnFirst,
+    /// The last, which has the table for the head anyway; the rows travel to the first.
+    OnLast,
+}
+
+impl Lookup {
+    /// Name as printed and hashed: `first`, `last`.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::OnFirst => "first",
+            Self::OnLast => "last",
+        }
+    }
+}
+
 /// The ends of the model that a rank holds besides its layers. One value, so that a plan cannot
 /// say "norm but no head".
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -167,22 +205,26 @@ pub enum Role {
     Middle,
     /// Final norm and head.
     Last,
+    /// Final norm and head, and the embedding lookup for the first rank.
+    LastWithTable,
 }
 
 impl Role {
-    /// The role of `rank` among `ranks`.
-    pub fn of(rank: usize, ranks: usize) -> Self {
-        match (rank == 0, rank + 1 == ranks) {
-            (true, true) => Self::Only,
-            (true, false) => Self::First,
-            (false, true) => Self::Last,
-            (false, false) => Self::Middle,
+    /// The role of `rank` among `ranks`. A first rank without a lookup of its own is a middle one: it
+    /// is sent hidden states like the others.
+    pub fn of(rank: usize, ranks: usize, lookup: Lookup) -> Self {
+        match (rank == 0, rank + 1 == ranks, lookup) {
+            (true, true, _) => Self::Only,
+            (true, false, Lookup::OnFirst) => Self::First,
+            (false, true, Lookup::OnFirst) => Self::Last,
+            (false, true, Lookup::OnLast) => Self::LastWithTable,
+            (true, false, Lookup::OnLast) | (false, false, _) => Self::Middle,
         }
     }
 
     /// Whether this rank turns token ids into hidden states.
     pub fn owns_embedding(self) -> bool {
-        matches!(self, Self::Only | Self::First)
+        matches!(self, Self::Only | Self::First | Self::LastWithTable)
     }
 
     /// Whether this rank applies the final norm. It always goes with the head.
@@ -192,13 +234,13 @@ impl Role {
 
     /// Whether this rank turns hidden states into logits.
     pub fn owns_head(self) -> bool {
-        matches!(self, Self::Only | Self::Last)
+        matches!(self, Self::Only | Self::Last | Self::LastWithTable)
     }
 
     /// The components by name, as the report's `owns` lists them.
     pub fn owns(self) -> &'static [&'static str] {
         match self {
-            Self::Only => &["embedding", "norm", "head"],
+            Self::Only | Self::LastWithTable => &["embedding", "norm", "head"],
             Self::First => &["embedding"],
             Self::Middle => &[],
             Self::Last => &["norm", "head"],
@@ -232,6 +274,8 @@ pub struct Plan {
     pub stages: Vec<Stage>,
     /// Dtype of the activations between ranks.
     pub wire_dtype: WireDtype,
+    /// Which rank turns token ids into hidden states.
+    pub lookup: Lookup,
     /// Layers of the whole model.
     pub layer_count: usize,
     /// Bytes of one whole model, a tied table counted once.
@@ -384,6 +428,7 @@ pub fn plan(request: &PlanRequest<'_>) -> Result<Plan, PlanError> {
         chosen,
         stages: ledger.stages(&ranges),
         wire_dtype: request.wire_dtype,
+        lookup: request.shape.lookup(),
         layer_count: request.shape.layer_count(),
         model_bytes: ledger.model_bytes,
         context_tokens: request.context_tokens,

@@ -192,6 +192,7 @@ fn plan_row(plan: &Plan, rank: usize, stage: &Stage) -> Vec<String> {
         Role::First => "embedding",
         Role::Middle => "",
         Role::Last => "norm, head",
+        Role::LastWithTable => "both ends",
     };
     vec![
         rank.to_string(),

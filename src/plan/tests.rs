@@ -113,7 +113,8 @@ fn plain_bytes(request: &PlanRequest<'_>, rank: usize, layers: &Range<usize>) ->
     let kv = shape.kv_bytes_per_token_per_layer * request.context_tokens * request.sequences;
     let weights: u64 = shape.layer_bytes[layers.clone()].iter().sum();
     let (mut held, mut read) = (weights + kv * layers.len() as u64, weights);
-    if first {
+    // The last rank holds a tied table in any case; the first only if it looks tokens up itself.
+    if first && (last || shape.head != Head::TiedOnce) {
         held += shape.embedding_bytes;
     }
     if last {
@@ -121,7 +122,7 @@ fn plain_bytes(request: &PlanRequest<'_>, rank: usize, layers: &Range<usize>) ->
         read += shape.norm_bytes;
         match shape.head {
             Head::Own { bytes } => (held, read) = (held + bytes, read + bytes),
-            Head::Tied => {
+            Head::Tied | Head::TiedOnce => {
                 read += shape.embedding_bytes;
                 held += if first { 0 } else { shape.embedding_bytes };
             }
@@ -200,8 +201,12 @@ fn assert_sound(plan: &Plan, request: &PlanRequest<'_>) {
     );
     let ranks = plan.stages.len();
     assert_eq!(ranks, request.devices.len());
+    let lookup_rank = match request.shape.head {
+        Head::TiedOnce => ranks - 1,
+        Head::Tied | Head::Own { .. } => 0,
+    };
     for (rank, stage) in plan.stages.iter().enumerate() {
-        assert_eq!(stage.role.owns_embedding(), rank == 0);
+        assert_eq!(stage.role.owns_embedding(), rank == lookup_rank);
         assert_eq!(stage.role.owns_head(), rank == ranks - 1);
         assert_eq!(stage.role.owns_norm(), rank == ranks - 1);
     }
@@ -315,6 +320,30 @@ fn a_tied_table_is_counted_once_on_one_rank_and_twice_on_two() {
     assert_eq!(pair.stages[0].footprint.embedding_bytes, 330_612_736);
     assert_eq!(pair.stages[1].footprint.head_bytes, 330_612_736);
     assert_eq!(pair.weights_bytes(), 1_828_227_072 + 330_612_736);
+}
+
+#[test]
+fn a_tied_table_held_once_adds_up_to_one_model_on_any_number_of_ranks() {
+    let shape = ModelShape {
+        head: Head::TiedOnce,
+        ..qwen3()
+    };
+    for ranks in 1..=16 {
+        let plan = plan(&request(&shape, &minis(ranks), Strategy::Balanced)).unwrap();
+        assert_eq!(plan.weights_bytes(), 1_828_227_072);
+        let lookups = plan
+            .stages
+            .iter()
+            .filter(|stage| stage.role.owns_embedding());
+        assert_eq!(lookups.count(), 1);
+        let last = plan.stages.last().unwrap();
+        assert!(last.role.owns_embedding() && last.role.owns_head());
+    }
+    let three = plan(&request(&shape, &minis(3), Strategy::Balanced)).unwrap();
+    // 66.7 % less than three copies.
+    assert_eq!(three.memory_saved_bytes(), 2 * 1_828_227_072);
+    assert_eq!(three.stages[0].role.owns(), [""; 0]);
+    assert_eq!(counts(&three), [11, 12, 5]);
 }
 
 #[test]
@@ -622,7 +651,7 @@ fn the_fingerprint_is_the_same_on_every_machine() {
     let plan = plan(&request(&shape, &devices, Strategy::Balanced)).unwrap();
     assert_eq!(
         plan.fingerprint_hex(),
-        "fe3024196abc15615b4d53c9da3fb8d0b3988eb4c4cdd1bc68655f8ba53c4028"
+        "780d30a8a790018ea90ce1d9d8750748d88eb1f186e311433da29ecfa311c488"
     );
 }
 
@@ -635,6 +664,7 @@ fn the_fingerprint_differs_for_every_field_that_differs() {
         |p| p.strategy = Strategy::Auto,
         |p| p.chosen = Strategy::Uniform,
         |p| p.wire_dtype = WireDtype::Bf16,
+        |p| p.lookup = Lookup::OnLast,
         |p| p.layer_count += 1,
         |p| p.model_bytes += 1,
         |p| p.context_tokens += 1,
@@ -668,7 +698,7 @@ fn the_plan_table_reads_as_intended() {
     let (shape, devices) = (qwen3(), minis(3));
     let plan = plan(&request(&shape, &devices, Strategy::Balanced)).unwrap();
     let expected = "\
-plan fe3024196abc: balanced, context 4096, sequences 1, wire f32
+plan 780d30a8a790: balanced, context 4096, sequences 1, wire f32
 sizes in GB = 1e9 bytes; step = busy share of a full pipeline's step
 rank  host         layers      owns        weights     KV  total   limit   step
    0  mini1.local  0-10    11  embedding     0.919  0.369  1.288  12.000   92 %
@@ -863,6 +893,7 @@ fn where_nothing_helps_the_error_says_so() {
 fn small_case() -> impl PropStrategy<Value = (ModelShape, Vec<Device>, u64, u64)> {
     let head = prop_oneof![
         Just(Head::Tied),
+        Just(Head::TiedOnce),
         (0_u64..60).prop_map(|bytes| Head::Own { bytes })
     ];
     let shape = (

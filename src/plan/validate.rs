@@ -148,7 +148,7 @@ pub fn check_cover(
 }
 
 /// Checks a plan: every one of the model's `layer_count` layers on exactly one rank, contiguous
-/// and in order; the embedding on the first rank only, norm and head on the last only.
+/// and in order; the lookup on the rank that the plan says and no other, norm and head on the last only.
 ///
 /// # Errors
 ///
@@ -162,7 +162,7 @@ pub fn validate(plan: &Plan, layer_count: usize) -> Result<(), CoverError> {
     let ranks = ranges.len();
     check_cover(&ranges, ranks, layer_count)?;
     for (rank, stage) in plan.stages.iter().enumerate() {
-        let expected = Role::of(rank, ranks);
+        let expected = Role::of(rank, ranks, plan.lookup);
         if stage.role != expected {
             let (expected, found) = (expected.owns(), stage.role.owns());
             return Err(CoverError::Ownership {
