@@ -94,6 +94,31 @@ fn a_tied_table_held_once_gives_the_same_tokens_and_exactly_one_model() {
 }
 
 #[test]
+fn a_model_in_the_hugging_face_cache_is_found_by_its_id() {
+    let golden = golden("qwen3-untied-4bit");
+    let home = tempfile::tempdir().unwrap();
+    // The cache's form: a reference names a snapshot, whose files are links to blobs.
+    let repo = home.path().join("hub/models--someone--tiny");
+    let snapshot = repo.join("snapshots/abc");
+    std::fs::create_dir_all(repo.join("refs")).unwrap();
+    std::fs::create_dir_all(&snapshot).unwrap();
+    std::fs::write(repo.join("refs/main"), "abc").unwrap();
+    for entry in std::fs::read_dir(&golden.dir).unwrap() {
+        let file = entry.unwrap();
+        std::os::unix::fs::symlink(file.path(), snapshot.join(file.file_name())).unwrap();
+    }
+    let mut command = mpirun(2);
+    command.args(["--model", "someone/tiny", "--device", "cpu"]);
+    command
+        .env("HF_HOME", home.path())
+        .env("HF_HUB_OFFLINE", "1");
+    let ran = run(&mut command, golden_requests(&golden).as_bytes()).succeeded();
+    for (prompt, tokens) in golden.prompts.iter().zip(ran.token_ids()) {
+        assert_eq!(tokens, prompt.answer());
+    }
+}
+
+#[test]
 fn uneven_splits_by_hand_give_the_same_tokens() {
     let golden = golden("qwen3-tied-8bit");
     let requests = golden_requests(&golden);
