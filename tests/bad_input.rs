@@ -8,7 +8,7 @@ mod common;
 #[path = "../src/import/tests/builder.rs"]
 mod gguf;
 
-use common::{PROGRAM, Ran, golden, mpirun, on_cpu, program, run, token_request};
+use common::{Ran, golden, mpirun, on_cpu, program, run, token_request};
 use serde_json::{Map, Value, json};
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -1131,20 +1131,7 @@ fn a_bad_line_on_three_ranks_fails_alone() {
 
 /// Three ranks, each in its own directory, all asked for `--model m`.
 fn in_directories(dirs: [&Path; 3]) -> Command {
-    let one_rank: Vec<_> = mpirun(1).get_args().map(ToOwned::to_owned).collect();
-    let (_, launch) = one_rank.split_last().unwrap();
-    let mut command = Command::new("mpirun");
-    command.args(launch);
-    for (rank, dir) in dirs.into_iter().enumerate() {
-        if rank > 0 {
-            command.args([":", "-np", "1"]);
-        }
-        command
-            .arg("-wdir")
-            .arg(dir)
-            .args([PROGRAM, "--model", "m", "--device", "cpu"]);
-    }
-    command
+    common::one_rank_in_each(&dirs, &["--model", "m", "--device", "cpu"])
 }
 
 /// Two hosts' worth of directories, each with a copy of the checkpoint called `m`.

@@ -492,24 +492,6 @@ fn copy_checkpoint(golden: &common::Golden, dir: &Path) {
     }
 }
 
-/// One rank in each of the directories, all with the same arguments.
-fn one_rank_in_each(dirs: &[PathBuf], arguments: &[&str]) -> Command {
-    let one_rank: Vec<_> = common::mpirun(1)
-        .get_args()
-        .map(ToOwned::to_owned)
-        .collect();
-    let (_, launch) = one_rank.split_last().unwrap();
-    let mut command = Command::new("mpirun");
-    command.args(launch);
-    for (rank, dir) in dirs.iter().enumerate() {
-        if rank > 0 {
-            command.args([":", "-np", "1"]);
-        }
-        command.arg("-wdir").arg(dir).arg(PROGRAM).args(arguments);
-    }
-    command
-}
-
 #[test]
 fn ranks_with_different_configurations_hear_that_even_if_one_of_them_cannot_do_what_is_asked() {
     let golden = golden("qwen3-tied-8bit");
@@ -521,7 +503,7 @@ fn ranks_with_different_configurations_hear_that_even_if_one_of_them_cannot_do_w
     let arguments = ["--device", "cpu", "--model", "m", "--context", "800"];
     let requests = golden_requests(&golden);
     run(
-        &mut one_rank_in_each(&hosts, &arguments),
+        &mut common::one_rank_in_each(&hosts, &arguments),
         requests.as_bytes(),
     )
     .succeeded();
@@ -535,7 +517,7 @@ fn ranks_with_different_configurations_hear_that_even_if_one_of_them_cannot_do_w
     assert_ne!(text, shorter);
     std::fs::write(&config, shorter).unwrap();
     let ran = run(
-        &mut one_rank_in_each(&hosts, &arguments),
+        &mut common::one_rank_in_each(&hosts, &arguments),
         requests.as_bytes(),
     );
     assert_eq!(ran.status, 1, "{}", ran.stderr);

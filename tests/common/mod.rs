@@ -187,6 +187,25 @@ pub fn on_cpu(mut command: Command) -> Command {
     command
 }
 
+/// One rank in each of the directories, all with the same arguments.
+pub fn one_rank_in_each(dirs: &[impl AsRef<Path>], arguments: &[&str]) -> Command {
+    let one_rank: Vec<_> = mpirun(1).get_args().map(ToOwned::to_owned).collect();
+    let (_, launch) = one_rank.split_last().unwrap();
+    let mut command = Command::new("mpirun");
+    command.args(launch);
+    for (rank, dir) in dirs.iter().enumerate() {
+        if rank > 0 {
+            command.args([":", "-np", "1"]);
+        }
+        command
+            .arg("-wdir")
+            .arg(dir.as_ref())
+            .arg(PROGRAM)
+            .args(arguments);
+    }
+    command
+}
+
 /// Runs a command with this standard input, for [`LIMIT`] at most.
 pub fn run(command: &mut Command, stdin: &[u8]) -> Ran {
     finish(start(command, stdin))
