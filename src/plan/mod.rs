@@ -11,6 +11,7 @@
 //! `encode` (fingerprint), `table` (for people).
 
 mod balance;
+mod cost;
 mod encode;
 mod footprint;
 mod shortfall;
@@ -24,6 +25,7 @@ mod tests;
 use std::fmt;
 use std::ops::Range;
 
+pub use cost::{DeviceCost, LinkCost, LinkCosts, StepCost};
 use footprint::Ledger;
 pub use footprint::{Footprint, StageTime};
 pub use shortfall::{RankNeed, Shortfall};
