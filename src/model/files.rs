@@ -66,7 +66,7 @@ impl ModelFiles {
     /// Bytes of every part of the model, for a cache in `kv_dtype`; `tied` says where a tied table stands.
     pub fn shape(&self, kv_dtype: WireDtype, tied: TiedTable) -> ModelShape {
         let tied_head = match tied {
-            TiedTable::Once => Head::TiedOnce,
+            TiedTable::Once | TiedTable::Auto => Head::TiedOnce,
             TiedTable::Both => Head::Tied,
         };
         let element_bytes = kv_dtype.size_bytes();
@@ -76,6 +76,11 @@ impl ModelFiles {
             element_bytes,
             tied_head,
         )
+    }
+
+    /// Longest sequence that the model was made for, tokens.
+    pub fn longest_context_tokens(&self) -> u64 {
+        self.architecture.family.context_tokens as u64
     }
 
     /// What names, shapes and places of all tensors hash to, in hexadecimal.

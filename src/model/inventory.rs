@@ -2,7 +2,9 @@
 //! right shape and dtype, nothing else is, and how many bytes each part of the model weighs. Reads
 //! headers only; this is what the plan counts with.
 
-use super::architecture::{Architecture, ElementKind, HeadSpec, TensorSpec};
+use super::architecture::{
+    Architecture, ElementKind, HeadSpec, LayerSpec, LinearSpec, TensorSpec,
+};
 use super::weights::allowed_dtypes;
 use crate::checkpoint::{Checkpoint, TensorInfo};
 use crate::plan::{Head, ModelShape, Stage};
@@ -56,6 +58,7 @@ impl Inventory {
         kv_element_bytes: usize,
         tied_head: Head,
     ) -> ModelShape {
+        let layer_weights = architecture.layers.iter().map(matrix_weights);
         let bytes = |specs: &[TensorSpec]| {
             specs
                 .iter()
@@ -75,6 +78,8 @@ impl Inventory {
             },
             kv_bytes_per_token_per_layer: architecture
                 .kv_bytes_per_token_per_layer(kv_element_bytes),
+            hidden_row_bytes: architecture.hidden_size.saturating_mul(kv_element_bytes) as u64,
+            layer_weights: layer_weights.fold(0, u64::saturating_add),
         }
     }
 
@@ -134,6 +139,24 @@ impl Inventory {
         }
         Ok(())
     }
+}
+
+/// Weights of a layer's matrices, which are what a token is multiplied with.
+fn matrix_weights(layer: &LayerSpec) -> u64 {
+    let matrices = [
+        &layer.q_proj,
+        &layer.k_proj,
+        &layer.v_proj,
+        &layer.o_proj,
+        &layer.gate_proj,
+        &layer.up_proj,
+        &layer.down_proj,
+    ];
+    let weights = |matrix: &LinearSpec| matrix.outputs.saturating_mul(matrix.inputs) as u64;
+    matrices
+        .into_iter()
+        .map(weights)
+        .fold(0, u64::saturating_add)
 }
 
 /// Tensors that older tools write although they follow from the others: precomputed rotary
