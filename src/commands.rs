@@ -5,7 +5,7 @@ use crate::cli::{self, PlanOptions};
 use crate::cluster::{self, ClusterFile};
 use crate::hub::{self, Found};
 use crate::log::tell;
-use crate::model::ModelFiles;
+use crate::model::Outline;
 use crate::plan::{self, Plan, WireDtype};
 use crate::planning::{self, Question};
 use anyhow::{Result, bail};
@@ -27,7 +27,7 @@ pub fn plan(options: &PlanOptions) -> Result<()> {
         .map(ClusterFile::read)
         .transpose()
         .map_err(Usage::of)?;
-    let files = ModelFiles::open(&find_model(options, file.as_ref())?)?;
+    let files = Outline::open(&find_model(options, file.as_ref())?)?;
     let ranks = options
         .ranks
         .map(|count| count as usize)
