@@ -71,14 +71,14 @@ pub struct ModelOptions {
     #[arg(long, value_enum, hide_possible_values = true, default_value = "auto")]
     pub device: DeviceName,
 
-    /// Where an embedding table that is the head too is held: once (on the last rank), or both (on the
-    /// first too, so that no embedding travels)
+    /// Where an embedding table that is the head too is held: once (on the last rank), both (on the
+    /// first too, so that no embedding travels), or auto (both where that is known to be faster)
     #[arg(
         long,
         value_enum,
         value_name = "WHERE",
         hide_possible_values = true,
-        default_value = "once"
+        default_value = "auto"
     )]
     pub tied: TiedName,
 
@@ -127,6 +127,10 @@ pub struct PlanOptions {
     /// [default: model_parallel_size of the cluster file, its devices, or 1]
     #[arg(long, value_parser = clap::value_parser!(u64).range(1..=1024))]
     pub ranks: Option<u64>,
+
+    /// Show plans for the first device only, the first two, and so on, side by side
+    #[arg(long)]
+    pub what_if: bool,
 }
 
 /// Options of generating.
@@ -277,6 +281,7 @@ impl From<DeviceName> for DeviceChoice {
 #[derive(Debug, Clone, Copy, ValueEnum)]
 #[allow(missing_docs)]
 pub enum TiedName {
+    Auto,
     Once,
     Both,
 }
@@ -284,6 +289,7 @@ pub enum TiedName {
 impl From<TiedName> for TiedTable {
     fn from(name: TiedName) -> Self {
         match name {
+            TiedName::Auto => Self::Auto,
             TiedName::Once => Self::Once,
             TiedName::Both => Self::Both,
         }

@@ -5,16 +5,19 @@ use crate::cli::{self, PlanOptions};
 use crate::cluster::{self, ClusterFile};
 use crate::hub::{self, Found};
 use crate::log::tell;
-use crate::model::ModelFiles;
-use crate::plan::{self, WireDtype};
-use crate::planning;
+use crate::model::Outline;
+use crate::plan::{self, Plan, WireDtype};
+use crate::planning::{self, Question};
 use anyhow::{Result, bail};
 use std::io::Write;
 use std::num::NonZeroUsize;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
-/// Prints the plan and the memory report.
+/// Each host is left out in turn, which means as many plans; with more hosts than this nobody waits for that.
+const MOST_HOSTS_TO_DOUBT: usize = 32;
+
+/// Prints the plan, the memory report and what is predicted.
 ///
 /// # Errors
 /// No model, a bad cluster file, or nothing that fits.
@@ -24,19 +27,71 @@ pub fn plan(options: &PlanOptions) -> Result<()> {
         .map(ClusterFile::read)
         .transpose()
         .map_err(Usage::of)?;
-    let files = ModelFiles::open(&find_model(options, file.as_ref())?)?;
+    let files = Outline::open(&find_model(options, file.as_ref())?)?;
     let ranks = options
         .ranks
         .map(|count| count as usize)
         .and_then(NonZeroUsize::new);
     let ranks =
         cluster::describe(file.as_ref(), ranks, &cluster::probe_local()?).map_err(Usage::of)?;
-    let plan = planning::make_plan(&options.model, &ranks, &files, WireDtype::F32)?;
+    let wire_dtype = WireDtype::F32;
+    let question = Question {
+        options: &options.model,
+        cluster: file.as_ref(),
+        ranks: &ranks,
+        shape: &files.shape(wire_dtype, options.model.tied.into()),
+        longest_context_tokens: files.longest_context_tokens(),
+        wire_dtype,
+        costs: None,
+    };
+    if options.what_if {
+        return print(&what_if(&question)?);
+    }
+    let plan = question.plan()?;
     print(&format!(
-        "{}\n{}",
+        "{}\n{}\n{}{}",
         plan::plan_table(&plan),
-        plan::memory_table(&plan)
+        plan::memory_table(&plan),
+        plan::outlook(
+            &plan,
+            &plan.shape_of(question.shape),
+            question.longest_context_tokens
+        ),
+        hosts_that_slow_down(&question, &plan)?
     ))
+}
+
+/// The plans for the first device only, the first two, and so on.
+fn what_if(question: &Question) -> Result<String> {
+    let plans = (1..=question.ranks.len()).map(|ranks| {
+        let kept: Vec<usize> = (0..ranks).collect();
+        Ok((ranks, question.plan_of(&kept)?))
+    });
+    Ok(plan::what_if_table(&plans.collect::<Result<Vec<_>>>()?))
+}
+
+/// A line for each host without which the others were faster; empty if there is none.
+fn hosts_that_slow_down(question: &Question, plan: &Plan) -> Result<String> {
+    let mut lines = String::new();
+    let hosts = cluster::ranks_by_host(question.ranks);
+    if hosts.len() > MOST_HOSTS_TO_DOUBT {
+        return Ok(lines);
+    }
+    for (host, its_ranks) in &hosts {
+        let all = 0..question.ranks.len();
+        let kept: Vec<usize> = all.filter(|rank| !its_ranks.contains(rank)).collect();
+        if kept.is_empty() {
+            continue;
+        }
+        // Others that cannot hold the model alone are no alternative.
+        let Ok(fewer) = question.plan_of(&kept)? else {
+            continue;
+        };
+        if let Some(gain) = plan::gain_of_fewer(plan, &fewer) {
+            lines += &plan::without_line(host, gain, &fewer);
+        }
+    }
+    Ok(lines)
 }
 
 /// The model's directory, without a download: a plan is a question, not an order.

@@ -281,7 +281,17 @@ fn make_plan(options: &RunOptions, cluster: &Cluster, files: &ModelFiles) -> Res
         .map(|place| place.profile.clone())
         .collect();
     let ranks = cluster::assign(cluster.file.as_ref(), &profiles).map_err(Usage::of)?;
-    planning::make_plan(&options.model, &ranks, files, cluster.wire_dtype(files))
+    let wire_dtype = cluster.wire_dtype(files);
+    let question = planning::Question {
+        options: &options.model,
+        cluster: cluster.file.as_ref(),
+        ranks: &ranks,
+        shape: &files.shape(wire_dtype, options.model.tied.into()),
+        longest_context_tokens: files.longest_context_tokens(),
+        wire_dtype,
+        costs: None,
+    };
+    question.plan()
 }
 
 fn compare_plans(

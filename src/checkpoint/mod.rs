@@ -4,6 +4,8 @@
 //! ```text
 //! Checkpoint::open   index.rs   which files                  reads names and the index
 //!                    header.rs  which tensors are in each    reads headers, no tensor
+//! Headers::open                 the same for a plan, where the tensors may have been left out
+//! Listed::read                  the same where there are no weight files, only their index
 //! Reader::take       reader.rs  one tensor, opened           reads it when told to
 //! Reader::finish                taken = planned, or an error
 //! ```
@@ -24,6 +26,7 @@ mod tests;
 
 use std::collections::BTreeMap;
 use std::fs::File;
+use std::ops::Deref;
 use std::path::{Path, PathBuf};
 
 use safetensors::Dtype;
@@ -31,18 +34,24 @@ use sha2::{Digest, Sha256};
 
 pub use error::{CheckpointError, NameSample};
 pub use header::{Header, MAX_HEADER_BYTES};
-pub use index::MAX_INDEX_BYTES;
+pub use index::{Listed, MAX_INDEX_BYTES};
 pub use reader::{Consumed, Reader, Tensor};
 
 use file::WeightFile;
+use header::Data;
 use index::Listing;
 
 /// First bytes of what [`Checkpoint::fingerprint`] hashes; change the number with the encoding.
 const FINGERPRINT_DOMAIN: &[u8] = b"mlx-pipe checkpoint 1\0";
 
-/// The tensors of a checkpoint directory, known by their headers.
+/// The tensors of a checkpoint directory, known by their headers and all there to be read.
 #[derive(Debug)]
-pub struct Checkpoint {
+pub struct Checkpoint(Headers);
+
+/// The tensors of a checkpoint directory as its headers describe them, whether or not the tensors
+/// themselves are there. Nothing can be read by it: a plan counts bytes and needs no more.
+#[derive(Debug)]
+pub struct Headers {
     dir: PathBuf,
     /// Sorted by name.
     files: Vec<WeightFile>,
@@ -59,7 +68,7 @@ pub struct TensorInfo {
     /// Place in [`Checkpoint::files`].
     file: usize,
     /// First byte and the one after the last, from the file's start; `begin <= end <= ` the file's
-    /// length.
+    /// length, in a [`Checkpoint`].
     begin: u64,
     end: u64,
 }
@@ -85,17 +94,49 @@ impl Checkpoint {
     /// No weights, a file missing, a header that breaks a rule of the format, a tensor in two
     /// files, or an index that says something else than the headers.
     pub fn open(dir: &Path) -> Result<Checkpoint, CheckpointError> {
+        Headers::read(dir, Data::Whole).map(Checkpoint)
+    }
+
+    /// Starts taking tensors out.
+    pub fn reader(&self) -> Reader<'_> {
+        Reader::new(self)
+    }
+
+    fn reopen(&self, info: &TensorInfo) -> Result<File, CheckpointError> {
+        self.file_of(info).reopen()
+    }
+}
+
+impl Deref for Checkpoint {
+    type Target = Headers;
+
+    fn deref(&self) -> &Headers {
+        &self.0
+    }
+}
+
+impl Headers {
+    /// As [`Checkpoint::open`], for weight files that are whole or end with their header.
+    ///
+    /// # Errors
+    ///
+    /// The same.
+    pub fn open(dir: &Path) -> Result<Headers, CheckpointError> {
+        Self::read(dir, Data::MayBeLeftOut)
+    }
+
+    fn read(dir: &Path, data: Data) -> Result<Headers, CheckpointError> {
         let listing = Listing::find(dir)?;
-        let mut checkpoint = Checkpoint {
+        let mut headers = Headers {
             dir: dir.to_owned(),
             files: Vec::new(),
             tensors: BTreeMap::new(),
         };
         for name in &listing.files {
-            checkpoint.add_file(name)?;
+            headers.add_file(name, data)?;
         }
-        listing.check(&checkpoint.tensors, &checkpoint.files)?;
-        Ok(checkpoint)
+        listing.check(&headers.tensors, &headers.files)?;
+        Ok(headers)
     }
 
     /// The tensor `name`, if the checkpoint has it.
@@ -136,15 +177,10 @@ impl Checkpoint {
         hash.finalize().into()
     }
 
-    /// Starts taking tensors out.
-    pub fn reader(&self) -> Reader<'_> {
-        Reader::new(self)
-    }
-
     /// Reads the header of one more file and adds its tensors.
-    fn add_file(&mut self, name: &str) -> Result<(), CheckpointError> {
+    fn add_file(&mut self, name: &str, data: Data) -> Result<(), CheckpointError> {
         let (file, open) = WeightFile::open(&self.dir, name.to_owned())?;
-        let header = Header::read(open, file.bytes(), &file.path)?;
+        let header = Header::read_before(data, open, file.bytes(), &file.path)?;
         let place = self.files.len();
         self.files.push(file);
         for (tensor, info) in header.tensors() {
@@ -188,10 +224,6 @@ impl Checkpoint {
 
     fn path_of(&self, info: &TensorInfo) -> &Path {
         &self.file_of(info).path
-    }
-
-    fn reopen(&self, info: &TensorInfo) -> Result<File, CheckpointError> {
-        self.file_of(info).reopen()
     }
 }
 

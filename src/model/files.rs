@@ -1,11 +1,12 @@
 //! A checkpoint directory, opened and checked: configuration, headers, and the one held against the
-//! other. No tensor is read here, so `plan` works where the weights would not fit.
+//! other. No tensor is read here, so `plan` works where the weights would not fit, and with
+//! [`Outline`] even where they are not.
 
 use super::architecture::Architecture;
 use super::generation::end_of_sequence_ids;
 use super::inventory::Inventory;
 use crate::bounded_file;
-use crate::checkpoint::Checkpoint;
+use crate::checkpoint::{Checkpoint, Headers, Listed};
 use crate::plan::{Head, ModelShape, TiedTable, WireDtype};
 use anyhow::{Context, Result, bail};
 use serde_json::Value;
@@ -39,16 +40,10 @@ impl ModelFiles {
     /// No configuration, weights that are not there or not whole, or the two not belonging together.
     pub fn open(dir: &Path) -> Result<Self> {
         let in_dir = || format!("model directory {}", dir.display());
-        let Some((config, config_hash)) = read_config(dir, "config.json")? else {
-            bail!(
-                "{} has no config.json; expected a checkpoint directory in MLX's form",
-                dir.display()
-            );
-        };
+        let (config, config_hash) = read_model_config(dir)?;
         let generation = read_config(dir, "generation_config.json")?.map(|(json, _)| json);
         let end_ids = end_of_sequence_ids(&config, generation.as_ref()).with_context(in_dir)?;
-        // Opening the checkpoint would wait for ever if this were a pipe.
-        bounded_file::is_regular(&dir.join("model.safetensors.index.json"))?;
+        check_index_is_regular(dir)?;
         let checkpoint = Checkpoint::open(dir)?;
         let architecture = Architecture::read(&config, |name| checkpoint.get(name).is_some())
             .with_context(in_dir)?;
@@ -63,19 +58,15 @@ impl ModelFiles {
         })
     }
 
-    /// Bytes of every part of the model, for a cache in `kv_dtype`; `tied` says where a tied table stands.
+    /// Bytes of every part of the model, for a cache and activations in `kv_dtype`; `tied` says where a tied
+    /// table stands, once if the plan is to choose.
     pub fn shape(&self, kv_dtype: WireDtype, tied: TiedTable) -> ModelShape {
-        let tied_head = match tied {
-            TiedTable::Once => Head::TiedOnce,
-            TiedTable::Both => Head::Tied,
-        };
-        let element_bytes = kv_dtype.size_bytes();
-        self.inventory.shape(
-            &self.architecture,
-            &self.checkpoint,
-            element_bytes,
-            tied_head,
-        )
+        shape(&self.architecture, &self.inventory, kv_dtype, tied)
+    }
+
+    /// Longest sequence that the model was made for, tokens.
+    pub fn longest_context_tokens(&self) -> u64 {
+        self.architecture.family.context_tokens as u64
     }
 
     /// What names, shapes and places of all tensors hash to, in hexadecimal.
@@ -92,6 +83,83 @@ impl ModelFiles {
             _ => WireDtype::F32,
         }
     }
+}
+
+/// What a plan needs of a checkpoint, whose weights may be elsewhere: `config.json`, and the headers of the
+/// weight files (each whole, or cut off after its header) or only `model.safetensors.index.json`. A type
+/// of its own, so that no run can take it for a model.
+#[derive(Debug)]
+pub struct Outline {
+    architecture: Architecture,
+    inventory: Inventory,
+}
+
+impl Outline {
+    /// Opens a checkpoint directory for a plan.
+    ///
+    /// # Errors
+    /// No configuration, neither headers nor an index, or what is there not belonging together.
+    pub fn open(dir: &Path) -> Result<Self> {
+        let in_dir = || format!("model directory {}", dir.display());
+        let (config, _) = read_model_config(dir)?;
+        check_index_is_regular(dir)?;
+        if let Some(listed) = Listed::read(dir)? {
+            let has_tensor = |name: &str| listed.tensors.contains(name);
+            let architecture = Architecture::read(&config, has_tensor).with_context(in_dir)?;
+            let inventory = Inventory::from_index(&architecture, &listed)?;
+            return Ok(Self {
+                architecture,
+                inventory,
+            });
+        }
+        let headers = Headers::open(dir)?;
+        let has_tensor = |name: &str| headers.get(name).is_some();
+        let architecture = Architecture::read(&config, has_tensor).with_context(in_dir)?;
+        let inventory = Inventory::check(&architecture, &headers).with_context(in_dir)?;
+        Ok(Self {
+            architecture,
+            inventory,
+        })
+    }
+
+    /// As [`ModelFiles::shape`].
+    pub fn shape(&self, kv_dtype: WireDtype, tied: TiedTable) -> ModelShape {
+        shape(&self.architecture, &self.inventory, kv_dtype, tied)
+    }
+
+    /// As [`ModelFiles::longest_context_tokens`].
+    pub fn longest_context_tokens(&self) -> u64 {
+        self.architecture.family.context_tokens as u64
+    }
+}
+
+fn shape(
+    architecture: &Architecture,
+    inventory: &Inventory,
+    kv_dtype: WireDtype,
+    tied: TiedTable,
+) -> ModelShape {
+    let tied_head = match tied {
+        TiedTable::Once | TiedTable::Auto => Head::TiedOnce,
+        TiedTable::Both => Head::Tied,
+    };
+    inventory.shape(architecture, kv_dtype.size_bytes(), tied_head)
+}
+
+fn read_model_config(dir: &Path) -> Result<(Value, String)> {
+    match read_config(dir, "config.json")? {
+        Some(config) => Ok(config),
+        None => bail!(
+            "{} has no config.json; expected a checkpoint directory in MLX's form",
+            dir.display()
+        ),
+    }
+}
+
+/// Opening the checkpoint would wait for ever if its index were a pipe.
+fn check_index_is_regular(dir: &Path) -> Result<()> {
+    bounded_file::is_regular(&dir.join("model.safetensors.index.json"))?;
+    Ok(())
 }
 
 /// A configuration and the SHA-256 of its bytes, in hexadecimal; `None` if it is not there.

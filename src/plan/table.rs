@@ -6,13 +6,15 @@
 use std::fmt;
 
 use super::strategy::ShowLayers;
-use super::{Plan, Role, Stage};
+use super::{Plan, Role, Stage, TimeSource};
 
 /// Widest line in characters.
 const WIDTH: usize = 80;
 const GAP: usize = 2;
 /// The column that is shortened when a line gets too long.
 const ELASTIC: &str = "host";
+/// The one of tables that name no hosts.
+const ELASTIC_SPLIT: &str = "split";
 
 /// Bytes in GB (1e9 bytes), rounded half up: three decimals, none from 1000 GB on.
 pub(super) fn gigabytes(bytes: u64) -> String {
@@ -89,7 +91,11 @@ impl Table {
         };
         let mut widths: Vec<usize> = self.columns.iter().enumerate().map(width).collect();
         let line = widths.iter().sum::<usize>() + GAP * widths.len().saturating_sub(1);
-        if let Some(column) = self.columns.iter().position(|(title, _)| *title == ELASTIC) {
+        if let Some(column) = self
+            .columns
+            .iter()
+            .position(|(title, _)| [ELASTIC, ELASTIC_SPLIT].contains(title))
+        {
             widths[column] = widths[column]
                 .saturating_sub(line.saturating_sub(WIDTH))
                 .max(4);
@@ -125,7 +131,7 @@ impl fmt::Display for Table {
 }
 
 /// `text` in at most `width` characters, the cut marked with `~`.
-fn shorten(text: &str, width: usize) -> String {
+pub(super) fn shorten(text: &str, width: usize) -> String {
     if text.chars().count() <= width {
         return text.to_owned();
     }
@@ -178,11 +184,18 @@ fn heading(plan: &Plan) -> String {
     };
     format!(
         "plan {}: {strategy}, context {}, sequences {}, wire {}\n\
+         times: {}\n\
          sizes in GB = 1e9 bytes; step = busy share of a full pipeline's step\n",
         &plan.fingerprint_hex()[..12],
         plan.context_tokens,
         plan.sequences,
         plan.wire_dtype,
+        match plan.times {
+            TimeSource::Measured => "measured on these machines",
+            TimeSource::Estimated => "estimated from the cluster file's bandwidths",
+            TimeSource::Relative =>
+                "relative, by number of cores; a run with --calibrate measures them",
+        }
     )
 }
 
@@ -223,7 +236,7 @@ fn summary(plan: &Plan) -> String {
     )
 }
 
-fn percent(share: f64) -> String {
+pub(super) fn percent(share: f64) -> String {
     format!("{:.0} %", share * 100.0)
 }
 
