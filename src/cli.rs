@@ -144,6 +144,11 @@ pub struct RunOptions {
     #[command(flatten)]
     pub sampling: SamplingOptions,
 
+    /// Measure the hosts and their links before planning, for some seconds, and keep the result for later
+    /// runs and for `plan`
+    #[arg(long, help_heading = "Model and plan")]
+    pub calibrate: bool,
+
     /// Take plain prompts as they are, without the chat template
     #[arg(long, help_heading = "Input and output")]
     pub raw: bool,

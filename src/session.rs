@@ -2,13 +2,15 @@
 //! and differs only by its place in the plan.
 
 use crate::agree::{self, Failure, KnownTo, Usage};
+use crate::calibrate;
 use crate::cli::{self, RunOptions};
 use crate::cluster::{self, ClusterFile, DeviceProfile};
+use crate::cost_store::{CostStore, Seat};
 use crate::hub::{self, Found};
 use crate::log::{RankFormat, tell};
 use crate::model::ModelFiles;
 use crate::pipeline::{Rows, Worker};
-use crate::plan::{self, Lookup, Plan, WireDtype};
+use crate::plan::{self, Costs, Lookup, Plan, WireDtype};
 use crate::planning;
 use crate::progress::Progress;
 use crate::prompts::{self, Prompts};
@@ -25,7 +27,7 @@ use anyhow::{Context, Result, anyhow, bail};
 use serde::{Deserialize, Serialize};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
-use tracing::info;
+use tracing::{info, warn};
 
 /// How long the ranks wait for each other to say who they are. Later waits have no limit: a download or a
 /// slow disk takes as long as it takes, and MPI notices a rank that has died.
@@ -61,7 +63,8 @@ fn generate(
     let cluster = Cluster::meet(options, transport)?;
     let files = open_model(&cluster, transport)?;
     compare_files(&cluster, &files, transport)?;
-    let plan = make_plan(options, &cluster, &files);
+    let costs = costs(options, &cluster, &files, transport)?;
+    let plan = make_plan(options, &cluster, &files, costs.as_ref());
     let plan = agree::all_succeeded(transport, plan)?;
     compare_plans(&cluster, &plan, transport)?;
     let rules = rules(options, &files, &plan, rank);
@@ -82,6 +85,7 @@ fn generate(
     };
     report = report.with_counters(worker.counters);
     report.peak_rss_bytes = report::peak_rss_bytes();
+    report.peak_array_bytes = stage::peak_array_bytes();
     let ranks = agree::gather(transport, Ok(report), None)?;
     match outcome {
         None => Ok(0),
@@ -91,6 +95,7 @@ fn generate(
                 ranks,
                 measured,
                 written,
+                prefill_chunk: options.prefill_chunk.into(),
             };
             publish(options, &report)?;
             Ok(exit_status(report.written.tally))
@@ -151,7 +156,11 @@ impl Introduction {
                 profile: cluster::probe_local()?,
                 device: stage::device_kind()?.to_owned(),
             },
-            plan_options: options.model.plan_options(),
+            plan_options: format!(
+                "{} --calibrate {}",
+                options.model.plan_options(),
+                options.calibrate
+            ),
             cluster_file,
             model: options.model.model.clone(),
             model_of_environment: cli::model_of_environment(),
@@ -201,6 +210,15 @@ impl Cluster {
             true => files.native_dtype(),
             false => WireDtype::F32,
         }
+    }
+
+    /// Where each rank computes.
+    fn seats(&self) -> Vec<Seat> {
+        let seat = |place: &Place| Seat {
+            host: place.host().to_owned(),
+            device: place.device.clone(),
+        };
+        self.ranks.iter().map(seat).collect()
     }
 
     /// A value of each rank, with the rank's host.
@@ -274,7 +292,45 @@ fn compare_files(
     agree::same_on_all("weights", cluster.by_host(&tensors), copy)
 }
 
-fn make_plan(options: &RunOptions, cluster: &Cluster, files: &ModelFiles) -> Result<Plan> {
+/// What the hosts and links cost: measured now if asked for, else what an earlier calibration has left on
+/// rank 0's host, if it knows all of them.
+fn costs(
+    options: &RunOptions,
+    cluster: &Cluster,
+    files: &ModelFiles,
+    transport: &mut MpiTransport,
+) -> Result<Option<Costs>, Failure> {
+    let wire_dtype = cluster.wire_dtype(files);
+    let shape = files.shape(wire_dtype, options.model.tied.into());
+    let store = match transport.rank() {
+        0 => CostStore::of(&shape, wire_dtype),
+        _ => None,
+    };
+    let seats = cluster.seats();
+    if !options.calibrate {
+        let kept = store.and_then(|store| store.find(&seats));
+        let kept = agree::gather(transport, Ok(kept), None)?;
+        return Ok(kept.into_iter().next().flatten());
+    }
+    let question = calibrate::Question {
+        hosts: &cluster.ranks.iter().map(Place::host).collect::<Vec<_>>(),
+        files,
+        shape: &shape,
+        wire_dtype,
+    };
+    let costs = calibrate::measure(&question, transport)?;
+    if let Some(Err(error)) = store.map(|store| store.keep(&seats, &costs)) {
+        warn!("{error:#}");
+    }
+    Ok(Some(costs))
+}
+
+fn make_plan(
+    options: &RunOptions,
+    cluster: &Cluster,
+    files: &ModelFiles,
+    costs: Option<&Costs>,
+) -> Result<Plan> {
     let profiles: Vec<DeviceProfile> = cluster
         .ranks
         .iter()
@@ -289,7 +345,7 @@ fn make_plan(options: &RunOptions, cluster: &Cluster, files: &ModelFiles) -> Res
         shape: &files.shape(wire_dtype, options.model.tied.into()),
         longest_context_tokens: files.longest_context_tokens(),
         wire_dtype,
-        costs: None,
+        costs,
     };
     question.plan()
 }

@@ -153,11 +153,16 @@ impl Attention {
             .map(|from| {
                 let to = count.min(from + block);
                 let seen = start + to;
-                self.weigh(
+                let part = self.weigh(
                     &rows_of(&q, from, to)?,
                     &rows_of(&keys, 0, seen)?,
                     &rows_of(&values, 0, seen)?,
-                )
+                )?;
+                if self.writes_scores {
+                    // MLX allocates ahead of what it computes: several blocks' scores at a time.
+                    part.eval()?;
+                }
+                Ok(part)
             })
             .collect::<Result<Vec<_>>>()?;
         joined(parts)

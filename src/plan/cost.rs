@@ -41,7 +41,7 @@ pub(super) fn scaled(ns: u64, factor: u64, divisor: u64) -> u64 {
 
 impl DeviceCost {
     /// What is wrong with these numbers, in the words of a sentence; `None` if nothing is.
-    pub(super) fn fault(&self) -> Option<&'static str> {
+    pub fn fault(&self) -> Option<&'static str> {
         let ascends = |pair: &[StepCost]| pair[0].tokens < pair[1].tokens;
         match self.layer.first() {
             None => {

@@ -38,8 +38,8 @@ pub struct Prediction {
     pub idle_share_full: f64,
 }
 
-/// What one request of a run is predicted to take.
-#[derive(Clone, Copy, Debug, PartialEq)]
+/// What one request of a run takes, or is predicted to take.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub struct RequestTimes {
     /// From its start to its first token.
     pub first_token_s: f64,
