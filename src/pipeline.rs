@@ -8,13 +8,16 @@ use crate::report::Counters;
 use crate::sampler::Sampler;
 use crate::schedule::Schedule;
 use crate::stage::Output;
-use crate::transport::Transport;
+use crate::transport::{Kind, Transport};
 use crate::wait::{self, Patience};
 use crate::wire::{self, Entry, Frame, SampleParams, Sampled, SampledToken, Step};
 use anyhow::{Context, Result, bail};
 use std::collections::{HashMap, VecDeque};
 use std::time::{Duration, Instant};
 use tracing::debug;
+
+/// The rank that leads.
+const FIRST: usize = 0;
 
 /// One rank's part of a step.
 pub trait Compute {
@@ -169,7 +172,7 @@ impl<T: Transport, C: Compute> Worker<T, C> {
         if rows.is_none() {
             let question = wire::encode(&Frame::Lookup(step.tokens()));
             self.counters.sent_bytes += question.len() as u64;
-            self.transport.ask_last(question)?;
+            self.transport.send(self.last(), Kind::Question, question)?;
         }
         leading.launches.push_back(Launch { step, rows });
         Ok(())
@@ -177,10 +180,11 @@ impl<T: Transport, C: Compute> Worker<T, C> {
 
     /// Computes this rank's part of every step in line whose rows are there; whether there was any.
     fn launch(&mut self, leading: &mut Leading) -> Result<bool> {
+        let last = self.last();
         let mut has_launched = false;
         while let Some(next) = leading.launches.front_mut() {
             if next.rows.is_none() {
-                next.rows = self.transport.try_answer()?;
+                next.rows = self.transport.try_receive(last, Kind::Answer)?;
             }
             let Some(rows) = next.rows.take() else {
                 break;
@@ -229,12 +233,13 @@ impl<T: Transport, C: Compute> Worker<T, C> {
 
     /// Ranks above 0: executes steps until rank 0 says that there are no more.
     pub fn follow(&mut self) -> Result<()> {
+        let previous = self.transport.rank() - 1;
         loop {
             let waiting = Instant::now();
             let bytes = wait::until("the previous rank", None, || {
                 while self.transport.try_shared()?.is_some() {}
                 self.answer_question()?;
-                self.transport.try_receive()
+                self.transport.try_receive(previous, Kind::Frame)
             })?;
             self.counters.wait += waiting.elapsed();
             match wire::decode(&bytes).context("a frame from the previous rank")? {
@@ -247,18 +252,17 @@ impl<T: Transport, C: Compute> Worker<T, C> {
 
     /// On the last rank, if it holds the embedding table: looks up what the first asks for.
     fn answer_question(&mut self) -> Result<()> {
-        let is_last = self.transport.rank() + 1 == self.transport.size();
-        if self.rows == Rows::Local || !is_last {
+        if self.rows == Rows::Local || self.transport.rank() != self.last() {
             return Ok(());
         }
-        let Some(question) = self.transport.try_question()? else {
+        let Some(question) = self.transport.try_receive(FIRST, Kind::Question)? else {
             return Ok(());
         };
         match wire::decode(&question).context("a question of the first rank")? {
             (Frame::Lookup(tokens), _) => {
                 let rows = self.compute.embed(&tokens)?;
                 self.counters.sent_bytes += rows.len() as u64;
-                self.transport.answer_first(rows)
+                self.transport.send(FIRST, Kind::Answer, rows)
             }
             (other, _) => bail!("the first rank asked for {other:?}, expected a lookup"),
         }
@@ -316,14 +320,20 @@ impl<T: Transport, C: Compute> Worker<T, C> {
     fn send(&mut self, frame: Vec<u8>) -> Result<()> {
         let started = Instant::now();
         self.counters.sent_bytes += frame.len() as u64;
-        self.transport.send_next(frame)?;
+        let next = self.transport.rank() + 1;
+        self.transport.send(next, Kind::Frame, frame)?;
         self.counters.wire += started.elapsed();
         Ok(())
     }
 
+    /// The rank that samples.
+    fn last(&self) -> usize {
+        self.transport.size() - 1
+    }
+
     /// Passes the end on and waits until it has left.
     fn end(&mut self) -> Result<()> {
-        if self.transport.rank() + 1 < self.transport.size() {
+        if self.transport.rank() < self.last() {
             self.send(wire::encode(&Frame::End))?;
         }
         self.transport.flush()

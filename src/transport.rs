@@ -18,6 +18,30 @@ use mpi::{Rank, Tag, Threading};
 use std::collections::{HashMap, VecDeque};
 use std::time::Duration;
 
+/// What a message from rank to rank is for. Kinds do not overtake or wait for each other.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum Kind {
+    /// A step, or the end, down the pipeline.
+    Frame,
+    /// What the first rank asks of the last.
+    Question,
+    /// What the last rank answers.
+    Answer,
+    /// While a run is set up: probes of a link, weights.
+    Setup,
+}
+
+impl Kind {
+    fn tag(self) -> Tag {
+        match self {
+            Self::Frame => 1,
+            Self::Question => 2,
+            Self::Answer => 3,
+            Self::Setup => 4,
+        }
+    }
+}
+
 /// What the pipeline needs of the ranks' connection.
 pub trait Transport {
     /// This rank, from 0.
@@ -26,11 +50,11 @@ pub trait Transport {
     /// Ranks in the run.
     fn size(&self) -> usize;
 
-    /// Starts sending a frame to the next rank; returns at once.
-    fn send_next(&mut self, frame: Vec<u8>) -> Result<()>;
+    /// Starts sending bytes to another rank; returns at once. Those of one kind arrive in this order.
+    fn send(&mut self, to: usize, kind: Kind, bytes: Vec<u8>) -> Result<()>;
 
-    /// The next frame from the previous rank, if one has come.
-    fn try_receive(&mut self) -> Result<Option<Vec<u8>>>;
+    /// The next bytes of this kind from that rank, if they have come.
+    fn try_receive(&mut self, from: usize, kind: Kind) -> Result<Option<Vec<u8>>>;
 
     /// On the last rank: starts sharing bytes with all ranks, itself included; returns at once.
     fn share(&mut self, bytes: Vec<u8>) -> Result<()>;
@@ -41,18 +65,6 @@ pub trait Transport {
     /// The oldest shared bytes not yet taken, if they have come.
     fn try_shared(&mut self) -> Result<Option<Vec<u8>>>;
 
-    /// On the first rank: starts sending a frame straight to the last; returns at once.
-    fn ask_last(&mut self, frame: Vec<u8>) -> Result<()>;
-
-    /// On the last rank: the next frame straight from the first, if one has come.
-    fn try_question(&mut self) -> Result<Option<Vec<u8>>>;
-
-    /// On the last rank: starts sending bytes straight to the first; returns at once.
-    fn answer_first(&mut self, bytes: Vec<u8>) -> Result<()>;
-
-    /// On the first rank: the next bytes straight from the last, if they have come.
-    fn try_answer(&mut self) -> Result<Option<Vec<u8>>>;
-
     /// Every rank's bytes, in rank order, on every rank. Waits for all ranks, for `limit` at most.
     fn gather_all(&mut self, bytes: &[u8], limit: Option<Duration>) -> Result<Vec<Vec<u8>>>;
 
@@ -61,13 +73,8 @@ pub trait Transport {
 }
 
 const FLUSH_LIMIT: Duration = Duration::from_secs(60);
-/// The rank that leads.
-const FIRST: Rank = 0;
 /// How long MPI may take to end.
 const ENDING_LIMIT: Duration = Duration::from_secs(3);
-const FRAME_TAG: Tag = 1;
-const QUESTION_TAG: Tag = 2;
-const ANSWER_TAG: Tag = 3;
 
 /// Ranks of an MPI job.
 ///
@@ -77,8 +84,8 @@ pub struct MpiTransport {
     // Declared first, dropped first: requests must be gone before MPI is.
     sending: VecDeque<OwnedRequest>,
     sharing: VecDeque<OwnedRequest>,
-    /// What is being received, by tag.
-    receiving: HashMap<Tag, OwnedRequest>,
+    /// What is being received, by sender.
+    receiving: HashMap<(usize, Kind), OwnedRequest>,
     world: SimpleCommunicator,
     _universe: Universe,
 }
@@ -116,40 +123,14 @@ impl MpiTransport {
         self.sending.retain_mut(|request| !request.is_complete());
     }
 
-    /// Starts sending; returns at once.
-    fn send(&mut self, bytes: Vec<u8>, to: Rank, tag: Tag) -> Result<()> {
-        self.reap();
-        check_length(bytes.len())?;
-        let destination = self.world.process_at_rank(to);
-        self.sending.push_back(OwnedRequest::start(bytes, |buffer| {
-            destination.immediate_send_with_tag(StaticScope, &*buffer, tag)
-        }));
-        Ok(())
-    }
-
-    /// The next message of this tag, if it has come whole.
-    fn receive(&mut self, from: Rank, tag: Tag) -> Result<Option<Vec<u8>>> {
-        self.reap();
-        let mut pending = self.receiving.remove(&tag);
-        if pending.is_none() {
-            let source = self.world.process_at_rank(from);
-            let Some((message, status)) = source.immediate_matched_probe_with_tag(tag) else {
-                return Ok(None);
-            };
-            let length = status.count(u8::equivalent_datatype()) as usize;
-            pending = Some(OwnedRequest::start(vec![0; length], |buffer| {
-                message.immediate_matched_receive_into(StaticScope, buffer)
-            }));
-        }
-        let received = take_if_complete(&mut pending);
-        if let Some(pending) = pending {
-            self.receiving.insert(tag, pending);
-        }
-        Ok(received)
-    }
-
-    fn last(&self) -> Rank {
-        self.world.size() - 1
+    /// A rank as MPI counts it.
+    fn mpi_rank(&self, rank: usize) -> Result<Rank> {
+        ensure!(
+            rank < self.size(),
+            "there is no rank {rank} among {}",
+            self.size()
+        );
+        Ok(rank as Rank)
     }
 }
 
@@ -162,12 +143,12 @@ impl<T: Transport> Transport for &mut T {
         (**self).size()
     }
 
-    fn send_next(&mut self, frame: Vec<u8>) -> Result<()> {
-        (**self).send_next(frame)
+    fn send(&mut self, to: usize, kind: Kind, bytes: Vec<u8>) -> Result<()> {
+        (**self).send(to, kind, bytes)
     }
 
-    fn try_receive(&mut self) -> Result<Option<Vec<u8>>> {
-        (**self).try_receive()
+    fn try_receive(&mut self, from: usize, kind: Kind) -> Result<Option<Vec<u8>>> {
+        (**self).try_receive(from, kind)
     }
 
     fn share(&mut self, bytes: Vec<u8>) -> Result<()> {
@@ -180,22 +161,6 @@ impl<T: Transport> Transport for &mut T {
 
     fn try_shared(&mut self) -> Result<Option<Vec<u8>>> {
         (**self).try_shared()
-    }
-
-    fn ask_last(&mut self, frame: Vec<u8>) -> Result<()> {
-        (**self).ask_last(frame)
-    }
-
-    fn try_question(&mut self) -> Result<Option<Vec<u8>>> {
-        (**self).try_question()
-    }
-
-    fn answer_first(&mut self, bytes: Vec<u8>) -> Result<()> {
-        (**self).answer_first(bytes)
-    }
-
-    fn try_answer(&mut self) -> Result<Option<Vec<u8>>> {
-        (**self).try_answer()
     }
 
     fn gather_all(&mut self, bytes: &[u8], limit: Option<Duration>) -> Result<Vec<Vec<u8>>> {
@@ -216,33 +181,40 @@ impl Transport for MpiTransport {
         self.world.size() as usize
     }
 
-    fn send_next(&mut self, frame: Vec<u8>) -> Result<()> {
-        self.send(frame, self.world.rank() + 1, FRAME_TAG)
+    fn send(&mut self, to: usize, kind: Kind, bytes: Vec<u8>) -> Result<()> {
+        self.reap();
+        check_length(bytes.len())?;
+        let destination = self.world.process_at_rank(self.mpi_rank(to)?);
+        self.sending.push_back(OwnedRequest::start(bytes, |buffer| {
+            destination.immediate_send_with_tag(StaticScope, &*buffer, kind.tag())
+        }));
+        Ok(())
     }
 
-    fn try_receive(&mut self) -> Result<Option<Vec<u8>>> {
-        self.receive(self.world.rank() - 1, FRAME_TAG)
-    }
-
-    fn ask_last(&mut self, frame: Vec<u8>) -> Result<()> {
-        self.send(frame, self.last(), QUESTION_TAG)
-    }
-
-    fn try_question(&mut self) -> Result<Option<Vec<u8>>> {
-        self.receive(FIRST, QUESTION_TAG)
-    }
-
-    fn answer_first(&mut self, bytes: Vec<u8>) -> Result<()> {
-        self.send(bytes, FIRST, ANSWER_TAG)
-    }
-
-    fn try_answer(&mut self) -> Result<Option<Vec<u8>>> {
-        self.receive(self.last(), ANSWER_TAG)
+    fn try_receive(&mut self, from: usize, kind: Kind) -> Result<Option<Vec<u8>>> {
+        self.reap();
+        let mut pending = self.receiving.remove(&(from, kind));
+        if pending.is_none() {
+            let source = self.world.process_at_rank(self.mpi_rank(from)?);
+            let Some((message, status)) = source.immediate_matched_probe_with_tag(kind.tag())
+            else {
+                return Ok(None);
+            };
+            let length = status.count(u8::equivalent_datatype()) as usize;
+            pending = Some(OwnedRequest::start(vec![0; length], |buffer| {
+                message.immediate_matched_receive_into(StaticScope, buffer)
+            }));
+        }
+        let received = take_if_complete(&mut pending);
+        if let Some(pending) = pending {
+            self.receiving.insert((from, kind), pending);
+        }
+        Ok(received)
     }
 
     fn share(&mut self, bytes: Vec<u8>) -> Result<()> {
         check_length(bytes.len())?;
-        let root = self.world.process_at_rank(self.last());
+        let root = self.world.process_at_rank(self.world.size() - 1);
         self.sharing.push_back(OwnedRequest::start(bytes, |buffer| {
             root.immediate_broadcast_into(StaticScope, buffer)
         }));

@@ -475,7 +475,7 @@ pub enum CheckpointError {
 
     /// Pages of the file could not be brought into memory.
     #[error(
-        "{}: tensor {}: its bytes cannot be read; the file was cut while it was mapped, or the \
+        "{}: tensor {}: its bytes cannot be read: {cause}; the file was cut since its header was read, or the \
          disk fails",
         path.display(),
         quoted(tensor)
@@ -485,6 +485,8 @@ pub enum CheckpointError {
         path: PathBuf,
         /// The tensor.
         tensor: String,
+        /// The system's reason.
+        cause: std::io::Error,
     },
 
     /// A tensor was taken a second time.

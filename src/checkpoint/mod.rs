@@ -6,7 +6,7 @@
 //!                    header.rs  which tensors are in each    reads headers, no tensor
 //! Headers::open                 the same for a plan, where the tensors may have been left out
 //! Listed::read                  the same where there are no weight files, only their index
-//! Reader::take       reader.rs  one tensor, mapped           reads that tensor
+//! Reader::take       reader.rs  one tensor, opened           reads it when told to
 //! Reader::finish                taken = planned, or an error
 //! ```
 //!
@@ -14,8 +14,7 @@
 //! can only come from there and so is proof of a range inside its file that fits its dtype and
 //! shape. This module knows bytes, not arrays: it names neither MLX nor MPI.
 //!
-//! A file must not be written to while a tensor of it is mapped. Cutting it short at that moment
-//! ends the process with SIGBUS; any earlier change is an error.
+//! A file must not be written to while a run loads it: any change that can be seen is an error.
 
 mod error;
 mod file;

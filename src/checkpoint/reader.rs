@@ -1,18 +1,15 @@
-//! Takes tensors out of a checkpoint, one mapped at a time, and keeps account of what was taken.
+//! Takes tensors out of a checkpoint and keeps account of what was taken.
 //!
-//! Each tensor gets a mapping of its own range, and dropping it unmaps it. Mapping whole files
-//! would be less work, but then the kernel maps pages around each fault, a neighbour's too, and
-//! giving pages back is a mere hint outside Linux. With a mapping that ends where the tensor ends
-//! (to the page), no other rank's tensor is ever resident, and `munmap` is no hint. The kernel's
-//! read-ahead may bring the start of a neighbour into its page cache; that is not this process's
-//! memory.
+//! Bytes are read to where they are wanted and are nowhere else in this process. Mapping the file was tried and
+//! costs more than it saves: MLX copies out of it, so a large tensor would be there twice; its page tables
+//! take as long as the copy; and a file cut meanwhile ends the process by SIGBUS where here it is an error.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::File;
 use std::io;
-use std::path::Path;
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
 
-use memmap2::{Advice, Mmap, MmapOptions};
 use safetensors::Dtype;
 
 use super::error::{CheckpointError, NameSample};
@@ -26,16 +23,13 @@ pub struct Reader<'c> {
     taken: BTreeMap<&'c str, u64>,
 }
 
-/// A tensor's bytes, mapped from its file until this is dropped.
-///
-/// It borrows the [`Reader`], so one tensor is mapped at a time: copy the bytes and drop it before
-/// taking the next.
+/// A tensor's place in its file, proven and open.
 #[derive(Debug)]
-pub struct Tensor<'r> {
-    dtype: Dtype,
-    shape: &'r [usize],
-    /// `None` for a tensor without elements: there is nothing to map.
-    mapping: Option<Mmap>,
+pub struct Tensor {
+    name: String,
+    info: TensorInfo,
+    path: PathBuf,
+    file: File,
 }
 
 /// What a [`Reader`] took in all.
@@ -55,38 +49,28 @@ impl<'c> Reader<'c> {
         }
     }
 
-    /// Maps the tensor `name`, which must have exactly this `shape` and one of these `dtypes`, and
-    /// counts it as taken.
+    /// Opens the tensor `name`, which must have exactly this `shape` and one of these `dtypes`, and counts
+    /// it as taken.
     ///
     /// # Errors
     ///
-    /// No such tensor, another shape or dtype, a tensor taken before, or a file that has changed,
-    /// shrunk or cannot be read.
+    /// No such tensor, another shape or dtype, a tensor taken before, or a file that has changed.
     pub fn take(
         &mut self,
         name: &str,
         shape: &[usize],
         dtypes: &[Dtype],
-    ) -> Result<Tensor<'_>, CheckpointError> {
-        let checkpoint = self.checkpoint;
-        let (name, info) = checkpoint.find(name)?;
-        let path = checkpoint.path_of(info);
-        check_kind(path, name, info, shape, dtypes)?;
+    ) -> Result<Tensor, CheckpointError> {
+        let (name, info) = self.checkpoint.find(name)?;
+        check_kind(self.checkpoint.path_of(info), name, info, shape, dtypes)?;
         if self.taken.contains_key(name) {
             return Err(CheckpointError::TakenTwice {
                 tensor: name.to_owned(),
             });
         }
-        let mapping = match info.bytes() {
-            0 => None,
-            _ => Some(map(&checkpoint.reopen(info)?, path, name, info)?),
-        };
+        let tensor = self.checkpoint.open_tensor(name)?;
         self.taken.insert(name, info.bytes());
-        Ok(Tensor {
-            dtype: info.dtype,
-            shape: &info.shape,
-            mapping,
-        })
+        Ok(tensor)
     }
 
     /// Ends the reading and proves that the tensors taken are the tensors `planned`, each once.
@@ -124,22 +108,62 @@ impl<'c> Reader<'c> {
     }
 }
 
-impl Tensor<'_> {
-    /// The dtype, one of those asked for.
-    pub fn dtype(&self) -> Dtype {
-        self.dtype
-    }
-
-    /// The shape, the one asked for.
-    pub fn shape(&self) -> &[usize] {
-        self.shape
-    }
-
-    /// The elements in row-major order, little endian.
+impl Checkpoint {
+    /// Opens a tensor to read its bytes, without counting it.
     ///
-    /// They may lie at any address: the format asks for no alignment.
-    pub fn bytes(&self) -> &[u8] {
-        self.mapping.as_deref().unwrap_or_default()
+    /// # Errors
+    ///
+    /// No such tensor, or a file that has changed since its header was read, or cannot be opened.
+    pub fn open_tensor(&self, name: &str) -> Result<Tensor, CheckpointError> {
+        let (name, info) = self.find(name)?;
+        Ok(Tensor {
+            name: name.to_owned(),
+            info: info.clone(),
+            path: self.path_of(info).to_owned(),
+            file: self.reopen(info)?,
+        })
+    }
+}
+
+impl Tensor {
+    /// The dtype.
+    pub fn dtype(&self) -> Dtype {
+        self.info.dtype
+    }
+
+    /// The shape.
+    pub fn shape(&self) -> &[usize] {
+        &self.info.shape
+    }
+
+    /// Bytes in all.
+    pub fn bytes(&self) -> u64 {
+        self.info.bytes()
+    }
+
+    /// Reads the bytes that begin `offset` bytes into the tensor, as many as `destination` has. The
+    /// elements lie in row-major order, little endian.
+    ///
+    /// # Errors
+    ///
+    /// A file that was cut, or a disk that fails.
+    pub fn read_at(&self, offset: u64, destination: &mut [u8]) -> Result<(), CheckpointError> {
+        let end = offset.checked_add(destination.len() as u64);
+        assert!(
+            end.is_some_and(|end| end <= self.bytes()),
+            "a read beyond the tensor's end"
+        );
+        self.file
+            .read_exact_at(destination, self.info.begin + offset)
+            .map_err(|cause| self.unreadable(cause))
+    }
+
+    fn unreadable(&self, cause: io::Error) -> CheckpointError {
+        CheckpointError::Unreadable {
+            path: self.path.clone(),
+            tensor: self.name.clone(),
+            cause,
+        }
     }
 }
 
@@ -182,58 +206,4 @@ fn unique<'p>(
         }
     }
     Ok(set)
-}
-
-/// Maps the bytes of one tensor and brings them into memory.
-pub(super) fn map(
-    file: &File,
-    path: &Path,
-    name: &str,
-    info: &TensorInfo,
-) -> Result<Mmap, CheckpointError> {
-    let failed = |cause| CheckpointError::Io {
-        action: "map",
-        path: path.to_owned(),
-        cause,
-    };
-    let too_long = |_| failed(io::ErrorKind::FileTooLarge.into());
-    let bytes = usize::try_from(info.bytes()).map_err(too_long)?;
-    // SAFETY: a mapping is sound as long as nobody changes the file beneath it. That is the user's
-    // part, said in the module's docs; ours is that it lives no longer than a copy takes, that the
-    // caller has just checked that the file is the one whose header was read, and that nothing here
-    // writes to it. A file cut short in that time would end the process by SIGBUS; `fetch` turns
-    // what can be caught of it into an error.
-    let mapping =
-        unsafe { MmapOptions::new().offset(info.begin).len(bytes).map(file) }.map_err(failed)?;
-    let unreadable = |_| CheckpointError::Unreadable {
-        path: path.to_owned(),
-        tensor: name.to_owned(),
-    };
-    fetch(&mapping).map_err(unreadable)?;
-    Ok(mapping)
-}
-
-/// Brings all pages into memory with long reads; an error means that touching one of them would end
-/// in SIGBUS.
-///
-/// Advice that a kernel does not know (Linux before 5.14) is no error: the pages then come when
-/// they are touched.
-#[cfg(target_os = "linux")]
-fn fetch(mapping: &Mmap) -> io::Result<()> {
-    /// What `MADV_POPULATE_READ` answers for a page that cannot be had, see madvise(2).
-    const EFAULT: i32 = 14;
-    // Without this advice the kernel reads around a fault, the tensor before included, not ahead.
-    let _ = mapping.advise(Advice::Sequential);
-    match mapping.advise(Advice::PopulateRead) {
-        Err(cause) if cause.raw_os_error() == Some(EFAULT) => Err(cause),
-        _ => Ok(()),
-    }
-}
-
-/// Starts reading all pages. Other kernels do not tell beforehand of a page that cannot be had.
-#[cfg(not(target_os = "linux"))]
-fn fetch(mapping: &Mmap) -> io::Result<()> {
-    let _ = mapping.advise(Advice::Sequential);
-    let _ = mapping.advise(Advice::WillNeed);
-    Ok(())
 }

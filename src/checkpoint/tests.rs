@@ -1,6 +1,5 @@
 //! One test for each thing that can be wrong with a checkpoint, with the text the user gets;
-//! properties of the header on arbitrary bytes, compared with the `safetensors` crate; and what a
-//! mapped tensor costs in memory.
+//! and properties of the header on arbitrary bytes, compared with the `safetensors` crate.
 
 use std::fs;
 use std::io::Read;
@@ -161,14 +160,10 @@ fn symbolic_links_into_a_cache_are_followed() {
     std::os::unix::fs::symlink(blobs.path().join("0123abcd"), snapshot.path().join(SINGLE))
         .unwrap();
     let checkpoint = Checkpoint::open(snapshot.path()).unwrap();
-    assert_eq!(
-        checkpoint
-            .reader()
-            .take("a", &[3], &[Dtype::U8])
-            .unwrap()
-            .bytes(),
-        [0, 0, 0]
-    );
+    let mut bytes = [9; 3];
+    let tensor = checkpoint.open_tensor("a").unwrap();
+    tensor.read_at(0, &mut bytes).unwrap();
+    assert_eq!(bytes, [0, 0, 0]);
 }
 
 #[test]
@@ -612,14 +607,14 @@ fn a_tensor_comes_with_its_bytes() {
         .take("b", &[5000], &[Dtype::BF16, Dtype::U8])
         .unwrap();
     assert_eq!((tensor.dtype(), tensor.shape()), (Dtype::U8, &[5000][..]));
-    assert_eq!(tensor.bytes(), [1; 5000]);
-    assert!(
-        reader
-            .take("c", &[0], &[Dtype::U8])
-            .unwrap()
-            .bytes()
-            .is_empty()
-    );
+    let mut bytes = [0; 5000];
+    tensor.read_at(0, &mut bytes).unwrap();
+    assert_eq!(bytes, [1; 5000]);
+    let mut end = [0; 2];
+    tensor.read_at(4998, &mut end).unwrap();
+    assert_eq!(end, [1; 2]);
+    let empty = reader.take("c", &[0], &[Dtype::U8]).unwrap();
+    empty.read_at(0, &mut []).unwrap();
     assert_eq!(
         reader.finish(["c", "b"]).unwrap(),
         Consumed {
@@ -787,84 +782,20 @@ fn a_file_that_changed_after_opening_is_refused() {
     }
 }
 
-/// The race that the check before mapping cannot see: the file is cut after it.
-#[cfg(target_os = "linux")]
 #[test]
-fn a_file_cut_while_it_is_mapped_is_an_error_where_the_kernel_can_tell() {
-    if !memmap2::Advice::PopulateRead.is_supported() {
-        return;
-    }
+fn a_file_cut_after_it_was_opened_is_an_error() {
     let dir = single(&file_of(&[("a", 100_000)]));
     let checkpoint = Checkpoint::open(dir.path()).unwrap();
+    let tensor = checkpoint.open_tensor("a").unwrap();
     let path = dir.path().join(SINGLE);
-    fs::File::options()
-        .write(true)
-        .open(&path)
-        .unwrap()
-        .set_len(50_000)
-        .unwrap();
-    let open = fs::File::open(&path).unwrap();
-    let error = reader::map(&open, &path, "a", checkpoint.get("a").unwrap()).unwrap_err();
+    let file = fs::File::options().write(true).open(path).unwrap();
+    file.set_len(50_000).unwrap();
+    let error = tensor.read_at(0, &mut [0; 100_000]).unwrap_err();
     assert_eq!(
         text(&dir, &error),
-        "DIR/model.safetensors: tensor \"a\": its bytes cannot be read; the file was cut while it \
-         was mapped, or the disk fails"
+        "DIR/model.safetensors: tensor \"a\": its bytes cannot be read: failed to fill whole buffer; the \
+         file was cut since its header was read, or the disk fails"
     );
-}
-
-// Memory
-
-/// Resident bytes of the mappings of `path` in this process; `None` if it is not mapped.
-#[cfg(target_os = "linux")]
-fn resident_bytes(path: &Path) -> Option<u64> {
-    let path = fs::canonicalize(path).unwrap();
-    let mut resident = None;
-    let mut in_path = false;
-    for line in fs::read_to_string("/proc/self/smaps").unwrap().lines() {
-        let field = line.split_whitespace().next().unwrap();
-        if !field.ends_with(':') {
-            in_path = line.ends_with(path.to_str().unwrap());
-        } else if in_path && field == "Rss:" {
-            let kibibytes: u64 = line.split_whitespace().nth(1).unwrap().parse().unwrap();
-            resident = Some(resident.unwrap_or(0) + kibibytes * 1024);
-        }
-    }
-    resident
-}
-
-#[cfg(target_os = "linux")]
-#[test]
-fn only_the_pages_of_the_tensor_taken_are_resident_and_only_while_it_lives() {
-    const LARGE: u64 = 32 << 20;
-    const OWN: u64 = (1 << 20) + 13;
-    const LARGEST_PAGE: u64 = 64 << 10;
-    let (end, file_end) = (LARGE + OWN, LARGE + OWN + LARGE);
-    let entry = |name, begin: u64, end: u64| {
-        let length = end - begin;
-        format!(r#""{name}":{{"dtype":"U8","shape":[{length}],"data_offsets":[{begin},{end}]}}"#)
-    };
-    let entries = [
-        entry("before", 0, LARGE),
-        entry("own", LARGE, end),
-        entry("after", end, file_end),
-    ];
-    let header = format!("{{{}}}", entries.join(","));
-    let dir = single(&file(&header, &vec![3; file_end as usize]));
-    let path = dir.path().join(SINGLE);
-    let checkpoint = Checkpoint::open(dir.path()).unwrap();
-    assert_eq!(resident_bytes(&path), None, "opening maps nothing");
-
-    let mut reader = checkpoint.reader();
-    let tensor = reader.take("own", &[OWN as usize], &[Dtype::U8]).unwrap();
-    assert!(tensor.bytes().iter().all(|&byte| byte == 3));
-    let resident = resident_bytes(&path).expect("the tensor is mapped");
-    assert!(
-        (OWN..=OWN + 2 * LARGEST_PAGE).contains(&resident),
-        "{resident} bytes resident for a tensor of {OWN}"
-    );
-
-    drop(tensor);
-    assert_eq!(resident_bytes(&path), None, "a dropped tensor is unmapped");
 }
 
 // Fingerprint

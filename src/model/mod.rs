@@ -9,6 +9,7 @@ mod architecture;
 mod cache;
 mod fields;
 mod files;
+mod filled;
 mod generation;
 mod inventory;
 mod layer;

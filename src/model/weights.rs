@@ -1,9 +1,9 @@
-//! Tensors of the checkpoint as MLX arrays: the one place where bytes become arrays.
-//!
-//! A tensor is copied out of its mapping and the mapping dropped at once, so at most one tensor is held
-//! twice, and none that this rank did not ask for is held at all.
+//! Tensors of the checkpoint as MLX arrays: the one place where bytes become arrays. They are read
+//! straight into the array's memory, so nothing is held twice, and no byte of a tensor that this rank did not
+//! ask for.
 
 use super::architecture::{ElementKind, TensorSpec};
+use super::filled::filled;
 use crate::checkpoint::{Consumed, Reader, Tensor};
 use anyhow::{Context, Result, bail};
 use mlx_rs::{Array, Dtype};
@@ -37,7 +37,7 @@ impl<'c> Weights<'c> {
         let tensor = self
             .reader
             .take(&spec.name, &spec.shape, allowed_dtypes(spec.kind))?;
-        to_array(&tensor).with_context(|| format!("loading the tensor {}", spec.name))
+        to_array(tensor).with_context(|| format!("loading the tensor {}", spec.name))
     }
 
     /// Several tensors, in the order given.
@@ -60,8 +60,8 @@ pub fn allowed_dtypes(kind: ElementKind) -> &'static [safetensors::Dtype] {
     }
 }
 
-/// Copies a mapped tensor into an array of the same shape and dtype.
-fn to_array(tensor: &Tensor) -> Result<Array> {
+/// Reads a tensor into an array of the same shape and dtype.
+fn to_array(tensor: Tensor) -> Result<Array> {
     let dtype = match tensor.dtype() {
         safetensors::Dtype::U32 => Dtype::Uint32,
         safetensors::Dtype::F32 => Dtype::Float32,
@@ -75,8 +75,6 @@ fn to_array(tensor: &Tensor) -> Result<Array> {
         .map(|&dimension| i32::try_from(dimension))
         .collect::<Result<Vec<i32>, _>>()
         .context("a dimension is over 2^31")?;
-    let bytes = tensor.bytes();
-    // SAFETY: MLX reads as many bytes as shape and dtype make, and copies them before it returns. The
-    // checkpoint has proven that the tensor's bytes are exactly that many; they stay mapped here.
-    Ok(unsafe { Array::from_raw_data(bytes.as_ptr().cast(), &shape, dtype) })
+    let fill = Box::new(move |bytes: &mut [u8]| Ok(tensor.read_at(0, bytes)?));
+    filled(&shape, dtype, fill)
 }

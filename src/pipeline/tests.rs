@@ -4,65 +4,45 @@
 use super::*;
 use proptest::prelude::*;
 use std::sync::mpsc::{Receiver, Sender, channel};
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 /// Longest that a test waits for anything; a loop that is stuck fails by it.
 const LIMIT: Duration = Duration::from_secs(20);
 
+/// What is on its way from rank to rank, oldest first.
+type Post = Arc<Mutex<HashMap<(usize, usize, Kind), VecDeque<Vec<u8>>>>>;
+
 /// One rank of a run inside this process.
 struct LocalTransport {
     rank: usize,
     size: usize,
-    next: Option<Sender<Vec<u8>>>,
-    previous: Option<Receiver<Vec<u8>>>,
+    post: Post,
     /// On the last rank: to all ranks, itself included.
     to_all: Vec<Sender<Vec<u8>>>,
     shared: Receiver<Vec<u8>>,
     /// Lengths announced and not yet received, oldest first.
     expected: VecDeque<usize>,
-    ask: Option<Sender<Vec<u8>>>,
-    questions: Option<Receiver<Vec<u8>>>,
-    answer: Option<Sender<Vec<u8>>>,
-    answers: Option<Receiver<Vec<u8>>>,
 }
 
 /// `size` ranks connected with each other.
 fn local_ranks(size: usize) -> Vec<LocalTransport> {
-    let (to_all, mut shared): (Vec<_>, Vec<_>) = (0..size).map(|_| channel()).unzip();
-    let (mut sends, mut receives): (Vec<_>, Vec<_>) = (1..size)
-        .map(|_| channel())
-        .map(|(s, r)| (Some(s), Some(r)))
-        .unzip();
-    let (ask, questions) = channel();
-    let (answer, answers) = channel();
-    let (mut questions, mut answers) = (Some(questions), Some(answers));
-    sends.push(None);
-    receives.insert(0, None);
-    shared.reverse();
-    sends
+    let (to_all, shared): (Vec<_>, Vec<_>) = (0..size).map(|_| channel()).unzip();
+    let post = Post::default();
+    shared
         .into_iter()
-        .zip(receives)
         .enumerate()
-        .map(|(rank, (next, previous))| LocalTransport {
+        .map(|(rank, shared)| LocalTransport {
             rank,
             size,
-            next,
-            previous,
+            post: Arc::clone(&post),
             to_all: if rank + 1 == size {
                 to_all.clone()
             } else {
                 Vec::new()
             },
-            shared: shared.pop().unwrap(),
+            shared,
             expected: VecDeque::new(),
-            ask: (rank == 0).then(|| ask.clone()),
-            questions: if rank + 1 == size {
-                questions.take()
-            } else {
-                None
-            },
-            answer: (rank + 1 == size).then(|| answer.clone()),
-            answers: if rank == 0 { answers.take() } else { None },
         })
         .collect()
 }
@@ -76,26 +56,25 @@ impl Transport for LocalTransport {
         self.size
     }
 
-    fn send_next(&mut self, frame: Vec<u8>) -> Result<()> {
-        let next = self
-            .next
-            .as_ref()
-            .context("the last rank has nobody to send to")?;
-        // The next rank may have ended with an error of its own, which the test will find.
-        let _ = next.send(frame);
+    fn send(&mut self, to: usize, kind: Kind, bytes: Vec<u8>) -> Result<()> {
+        let last = self.size - 1;
+        let is_allowed = match kind {
+            Kind::Frame => to == self.rank + 1 && to < self.size,
+            Kind::Question => (self.rank, to) == (0, last),
+            Kind::Answer => (self.rank, to) == (last, 0),
+            Kind::Setup => false,
+        };
+        assert!(is_allowed, "{kind:?} from rank {} to {to}", self.rank);
+        let mut post = self.post.lock().unwrap();
+        let key = (self.rank, to, kind);
+        post.entry(key).or_default().push_back(bytes);
         Ok(())
     }
 
-    fn try_receive(&mut self) -> Result<Option<Vec<u8>>> {
-        let previous = self
-            .previous
-            .as_ref()
-            .context("the first rank receives nothing")?;
-        match previous.try_recv() {
-            Ok(frame) => Ok(Some(frame)),
-            Err(std::sync::mpsc::TryRecvError::Empty) => Ok(None),
-            Err(std::sync::mpsc::TryRecvError::Disconnected) => bail!("the previous rank is gone"),
-        }
+    fn try_receive(&mut self, from: usize, kind: Kind) -> Result<Option<Vec<u8>>> {
+        let mut post = self.post.lock().unwrap();
+        let waiting = post.get_mut(&(from, self.rank, kind));
+        Ok(waiting.and_then(VecDeque::pop_front))
     }
 
     fn share(&mut self, bytes: Vec<u8>) -> Result<()> {
@@ -123,43 +102,6 @@ impl Transport for LocalTransport {
         // What MPI would turn into corruption or a hang: the announced length differs.
         assert_eq!(self.expected.pop_front(), Some(bytes.len()));
         Ok(Some(bytes))
-    }
-
-    fn ask_last(&mut self, frame: Vec<u8>) -> Result<()> {
-        assert_eq!(self.rank, 0);
-        let _ = self
-            .ask
-            .as_ref()
-            .context("only the first rank asks")?
-            .send(frame);
-        Ok(())
-    }
-
-    fn try_question(&mut self) -> Result<Option<Vec<u8>>> {
-        Ok(self
-            .questions
-            .as_ref()
-            .context("only the last rank is asked")?
-            .try_recv()
-            .ok())
-    }
-
-    fn answer_first(&mut self, bytes: Vec<u8>) -> Result<()> {
-        let _ = self
-            .answer
-            .as_ref()
-            .context("only the last rank answers")?
-            .send(bytes);
-        Ok(())
-    }
-
-    fn try_answer(&mut self) -> Result<Option<Vec<u8>>> {
-        Ok(self
-            .answers
-            .as_ref()
-            .context("only the first rank is answered")?
-            .try_recv()
-            .ok())
     }
 
     fn gather_all(&mut self, _: &[u8], _: Option<Duration>) -> Result<Vec<Vec<u8>>> {
@@ -378,7 +320,7 @@ fn a_frame_that_is_none_ends_the_rank_with_an_error() {
     let mut transports = local_ranks(2);
     let last = transports.pop().unwrap();
     transports[0]
-        .send_next(b"not a frame at all".to_vec())
+        .send(1, Kind::Frame, b"not a frame at all".to_vec())
         .unwrap();
     let stage = Sums {
         looks_up: false,
