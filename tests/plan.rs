@@ -255,7 +255,7 @@ fn eight_minis_hold_a_llama_of_70_billion_weights_and_three_do_not() {
         ],
     );
     let text = plan(&dir, &minis(8), &["--what-if"]).succeeded().stdout;
-    let rows: Vec<&str> = text.lines().skip(3).collect();
+    let rows: Vec<&str> = text.lines().skip(5).collect();
     assert_eq!(rows.len(), 8, "{text}");
     assert!(rows[0].starts_with("    1  does not fit: lacks "), "{text}");
     assert!(
