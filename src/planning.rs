@@ -140,3 +140,131 @@ impl Question<'_> {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::cli::{Cli, Command};
+    use crate::plan::{DeviceCost, Head, LinkCost, LinkCosts, StepCost};
+    use clap::Parser;
+    use std::path::Path;
+
+    fn options(arguments: &[&str]) -> ModelOptions {
+        let command = ["mlx-pipe", "plan"].iter().chain(arguments);
+        match Cli::try_parse_from(command).unwrap().command {
+            Some(Command::Plan(options)) => options.model,
+            other => panic!("{other:?}"),
+        }
+    }
+
+    fn shape() -> ModelShape {
+        ModelShape {
+            layer_bytes: vec![1_000_000; 6],
+            embedding_bytes: 10,
+            norm_bytes: 1,
+            head: Head::TiedOnce,
+            kv_bytes_per_token_per_layer: 1,
+            hidden_row_bytes: 8,
+            layer_weights: 6_000_000,
+        }
+    }
+
+    /// Three hosts; the first one has a third of the others' bandwidth.
+    fn cluster(with_rates: bool) -> ClusterFile {
+        let device = |host: &str, bandwidth: u64| {
+            let mut capabilities = serde_json::json!({"memory_gb": 1, "gpu_cores": 4});
+            if with_rates {
+                capabilities["memory_bandwidth_gb_s"] = bandwidth.into();
+            }
+            serde_json::json!({"hostname": host, "capabilities": capabilities})
+        };
+        let file = serde_json::json!({
+            "devices": [device("a", 10), device("b", 30), device("c", 30)],
+            "link": {"latency_us": 1, "bandwidth_gbit_s": 10},
+        });
+        ClusterFile::parse(Path::new("cluster.json"), &file.to_string()).unwrap()
+    }
+
+    /// What a calibration may say: the first rank is as fast as the other two together.
+    fn measured() -> Costs {
+        let link = LinkCost {
+            latency_ns: 10,
+            bytes_per_s: 1_000_000_000,
+        };
+        let device = |ns| DeviceCost {
+            layer: vec![StepCost { tokens: 1, ns }],
+            layer_bytes: 1_000_000,
+            context_ns: 0,
+            head_ns: 0,
+            step_ns: 0,
+            crowding_per_mille: 1000,
+        };
+        Costs {
+            devices: [100, 300, 150].map(device).to_vec(),
+            links: Some(LinkCosts {
+                forward: vec![link; 2],
+                back: link,
+            }),
+        }
+    }
+
+    /// The plan's layer counts and what its times rest on, for the ranks `kept`.
+    fn cut(
+        options: &ModelOptions,
+        cluster: &ClusterFile,
+        costs: Option<&Costs>,
+        kept: &[usize],
+    ) -> (Vec<usize>, TimeSource) {
+        let local = cluster::probe_local().unwrap();
+        let question = Question {
+            options,
+            cluster: Some(cluster),
+            ranks: &cluster::describe(Some(cluster), None, &local).unwrap(),
+            shape: &shape(),
+            longest_context_tokens: 100,
+            wire_dtype: WireDtype::F32,
+            costs,
+        };
+        let plan = question.plan_of(kept).unwrap().unwrap();
+        if kept.len() == 3 {
+            assert_eq!(question.plan().unwrap(), plan);
+        }
+        let counts = plan.stages.iter().map(|stage| stage.layers.len());
+        (counts.collect(), plan.times)
+    }
+
+    #[test]
+    fn a_calibration_comes_before_stated_rates_and_those_before_cores() {
+        let (plain, costs) = (options(&[]), measured());
+        let all = [0, 1, 2];
+        assert_eq!(
+            cut(&plain, &cluster(false), None, &all),
+            (vec![2, 2, 2], TimeSource::Relative)
+        );
+        assert_eq!(
+            cut(&plain, &cluster(true), None, &all),
+            (vec![1, 3, 2], TimeSource::Estimated)
+        );
+        assert_eq!(
+            cut(&plain, &cluster(true), Some(&costs), &all),
+            (vec![3, 1, 2], TimeSource::Measured)
+        );
+    }
+
+    #[test]
+    fn a_part_of_the_ranks_is_planned_by_its_own_costs() {
+        let (plain, by_hand) = (options(&[]), options(&["--layers", "0,1-4,5"]));
+        let costs = measured();
+        assert_eq!(
+            cut(&plain, &cluster(true), Some(&costs), &[0, 2]),
+            (vec![4, 2], TimeSource::Measured)
+        );
+        assert_eq!(
+            cut(&plain, &cluster(true), None, &[0, 1]),
+            (vec![1, 5], TimeSource::Estimated)
+        );
+        // Layers by hand are for all ranks.
+        assert_eq!(cut(&by_hand, &cluster(true), None, &[0, 1, 2]).0, [1, 4, 1]);
+        assert_eq!(cut(&by_hand, &cluster(true), None, &[0, 2]).0, [1, 5]);
+    }
+}

@@ -255,11 +255,11 @@ fn eight_minis_hold_a_llama_of_70_billion_weights_and_three_do_not() {
         ],
     );
     let text = plan(&dir, &minis(8), &["--what-if"]).succeeded().stdout;
-    let rows: Vec<&str> = text.lines().skip(3).collect();
+    let rows: Vec<&str> = text.lines().skip(5).collect();
     assert_eq!(rows.len(), 8, "{text}");
     assert!(rows[0].starts_with("    1  does not fit: lacks "), "{text}");
     assert!(
-        rows[7].starts_with("    8  1") && rows[7].ends_with(" s"),
+        rows[7].starts_with("    8  5/11/") && rows[7].ends_with(" s"),
         "{text}"
     );
 }
@@ -286,7 +286,7 @@ fn ranks_of_one_host_are_not_doubted() {
     cluster["model_parallel_size"] = json!(3);
     let text = plan(&dir, &cluster, &[]).succeeded().stdout;
     // Three ranks share one memory bus, so the pipeline is no faster than one stream on it.
-    assert_contains(&text, &["full pipeline    50.", "limit"]);
+    assert_contains(&text, &["full pipeline    49.9", "limit"]);
     assert!(!text.contains("faster without"), "{text}");
 }
 
@@ -401,4 +401,66 @@ fn a_directory_without_index_and_headers_is_refused() {
     let dir = Model::qwen3_1_7b_in_8_bits().directory();
     let text = refusal(&plan(&dir, &minis(3), &[]), &dir, 1);
     assert_contains(&text, &["no weights here"]);
+}
+
+/// `plan` for two ranks of this machine.
+fn plan_here(dir: &Path) -> Ran {
+    let mut command = common::program();
+    command
+        .arg("plan")
+        .arg("--model")
+        .arg(dir)
+        .args(["--ranks", "2"]);
+    common::run(&mut command, b"")
+}
+
+#[test]
+fn whole_checkpoints_their_headers_and_their_indexes_are_planned_alike() {
+    let mut alike = Vec::new();
+    for golden in common::golden_cases() {
+        let (headers, index_only) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+        let (mut names, mut total_bytes) = (serde_json::Map::new(), 0);
+        for entry in fs::read_dir(&golden.dir).unwrap() {
+            let path = entry.unwrap().path();
+            let name = path.file_name().unwrap().to_str().unwrap().to_owned();
+            let bytes = fs::read(&path).unwrap();
+            if name == "config.json" || name == INDEX {
+                fs::write(headers.path().join(&name), &bytes).unwrap();
+            } else if name.ends_with(".safetensors") && !name.starts_with("golden.") {
+                let header_bytes = u64::from_le_bytes(bytes[..8].try_into().unwrap()) as usize;
+                fs::write(headers.path().join(&name), &bytes[..8 + header_bytes]).unwrap();
+                let tensors = safetensors::SafeTensors::deserialize(&bytes).unwrap();
+                for (tensor, view) in tensors.iter() {
+                    total_bytes += view.data().len();
+                    names.insert(tensor.to_owned(), json!(name));
+                }
+            }
+        }
+        fs::copy(
+            headers.path().join("config.json"),
+            index_only.path().join("config.json"),
+        )
+        .unwrap();
+        let index = json!({"metadata": {"total_size": total_bytes}, "weight_map": names});
+        write_json(&index_only.path().join(INDEX), &index);
+
+        let whole = plan_here(&golden.dir).succeeded().stdout;
+        assert_eq!(
+            plan_here(headers.path()).succeeded().stdout,
+            whole,
+            "{}",
+            golden.name
+        );
+        let by_index = plan_here(index_only.path());
+        match by_index.status {
+            0 => {
+                assert_eq!(by_index.stdout, whole, "{}", golden.name);
+                alike.push(golden.name);
+            }
+            _ => assert_contains(&by_index.stderr, &["expected one of the two", "headers"]),
+        }
+    }
+    // Numbers of 16 bits and of 32; those that mix both need headers.
+    assert!(alike.contains(&"qwen2-untied-f32".to_owned()), "{alike:?}");
+    assert!(alike.len() >= 8, "{alike:?}");
 }

@@ -35,8 +35,13 @@ pub struct DeviceCost {
 
 /// `ns * factor / divisor`, rounded down and kept within 64 bits.
 pub(super) fn scaled(ns: u64, factor: u64, divisor: u64) -> u64 {
-    let product = u128::from(ns) * u128::from(factor) / u128::from(divisor.max(1));
-    u64::try_from(product).unwrap_or(u64::MAX)
+    let divisor = divisor.max(1);
+    // Searches ask millions of times, and division of 128 bits is slow.
+    if let Some(product) = ns.checked_mul(factor) {
+        return product / divisor;
+    }
+    let quotient = u128::from(ns) * u128::from(factor) / u128::from(divisor);
+    u64::try_from(quotient).unwrap_or(u64::MAX)
 }
 
 impl DeviceCost {

@@ -1,7 +1,9 @@
 //! What a plan is predicted to do, for people: the block below the tables of `mlx-pipe plan`, and the
 //! table of `--what-if`. At most 80 columns.
 
-use super::table::{Align, Table, counted, gigabytes, percent, printable, shorten, size};
+use super::table::{
+    Align, Table, conditions, counted, gigabytes, percent, printable, shorten, size,
+};
 use super::{
     DEFAULT_PREFILL_CHUNK, Gain, ModelShape, Plan, PlanError, Prediction, RankNeed, StageTime,
     TimeSource,
@@ -142,6 +144,7 @@ pub fn what_if_table(plans: &[(usize, Result<Plan, PlanError>)]) -> String {
         };
         table.row([ranks.to_string()].into_iter().chain(cells).collect());
     }
+    let conditions = first_fitting.map_or_else(String::new, conditions);
     let relative = plans.iter().flat_map(|(_, plan)| plan);
     let is_relative = relative
         .into_iter()
@@ -151,7 +154,7 @@ pub fn what_if_table(plans: &[(usize, Result<Plan, PlanError>)]) -> String {
         false => "in tokens a second",
     };
     format!(
-        "with the first ranks only: fullest rank in GB, one stream and full pipeline\n({speeds})\n{table}"
+        "{conditions}with the first ranks only: fullest rank in GB, one stream and full pipeline\n({speeds})\n{table}"
     )
 }
 

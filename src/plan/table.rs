@@ -183,19 +183,24 @@ fn heading(plan: &Plan) -> String {
         false => format!("{} (chose {})", plan.strategy, plan.chosen),
     };
     format!(
-        "plan {}: {strategy}, context {}, sequences {}, wire {}\n\
-         times: {}\n\
-         sizes in GB = 1e9 bytes; step = busy share of a full pipeline's step\n",
+        "plan {}: {strategy}, {}sizes in GB = 1e9 bytes; step = busy share of a full pipeline's step\n",
         &plan.fingerprint_hex()[..12],
-        plan.context_tokens,
-        plan.sequences,
-        plan.wire_dtype,
-        match plan.times {
-            TimeSource::Measured => "measured on these machines",
-            TimeSource::Estimated => "estimated from the cluster file's bandwidths",
-            TimeSource::Relative =>
-                "relative, by number of cores; a run with --calibrate measures them",
+        conditions(plan),
+    )
+}
+
+/// What the plan was made for, and what its times rest on: two lines.
+pub(super) fn conditions(plan: &Plan) -> String {
+    let times = match plan.times {
+        TimeSource::Measured => "measured on these machines",
+        TimeSource::Estimated => "estimated from the cluster file's bandwidths",
+        TimeSource::Relative => {
+            "relative, by number of cores; a run with --calibrate measures them"
         }
+    };
+    format!(
+        "context {}, sequences {}, wire {}\ntimes: {times}\n",
+        plan.context_tokens, plan.sequences, plan.wire_dtype
     )
 }
 

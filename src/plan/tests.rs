@@ -297,6 +297,29 @@ fn uneven_hosts_get_every_layer_too() {
 }
 
 #[test]
+fn hosts_of_unequal_costs_get_every_layer_too() {
+    for layers in 1..=40 {
+        for ranks in 1..=layers.min(12) {
+            let shape = equal_layers(layers, Head::TiedOnce);
+            let uneven = |rank: u64| Device {
+                cost: Some(DeviceCost {
+                    head_ns: 900 * (rank % 4),
+                    step_ns: rank * rank % 5,
+                    crowding_per_mille: 1000 + 500 * (rank % 2),
+                    ..timed(1 + rank * rank % 7)
+                }),
+                ..device(100_000_000 * (1 + rank % 3), 1)
+            };
+            let devices: Vec<Device> = (0..ranks as u64).map(uneven).collect();
+            for strategy in Strategy::NAMED {
+                let request = request(&shape, &devices, strategy);
+                assert_sound(&plan(&request).unwrap(), &request);
+            }
+        }
+    }
+}
+
+#[test]
 fn uniform_counts_differ_by_at_most_one_and_early_ranks_get_more() {
     for layers in 1..=80 {
         for ranks in 1..=layers.min(16) {
@@ -800,6 +823,8 @@ most sequences   28 at context 4096 (34 by another cut)
     let mut plans = vec![hosts(1), hosts(2), hosts(3)];
     plans[0] = (1, Err(PlanError::from(Box::new(shortfall_of_one(&shape)))));
     let expected = "\
+context 4096, sequences 1, wire f32
+times: measured on these machines
 with the first ranks only: fullest rank in GB, one stream and full pipeline
 (in tokens a second)
 ranks  split                         fullest  stream  pipeline  first token
