@@ -290,6 +290,8 @@ pub struct Link {
     pub eager_latency_ns: u64,
     /// Bytes a second.
     pub bytes_per_s: u64,
+    /// What the long messages had together: at least this much went out.
+    pub long_bytes: u64,
 }
 
 impl Link {
@@ -331,12 +333,13 @@ fn send_probes(transport: &mut impl Transport, to: usize, row_bytes: usize) -> R
         eager_ns.push(round_trip_ns(transport, to, &row)?);
     }
     let (slept_ns, eager_ns) = (median(slept_ns), median(eager_ns));
-    let mut bytes_per_s = u64::MAX;
+    let (mut bytes_per_s, mut long_bytes) = (u64::MAX, 0);
     for bytes in LONG_BYTES {
         let long = vec![0; bytes];
         let times_ns = (0..3).map(|_| round_trip_ns(transport, to, &long));
         let long_ns = median(times_ns.collect::<Result<_>>()?);
         let transfer_ns = long_ns.saturating_sub(eager_ns).max(1);
+        long_bytes += 3 * bytes as u64;
         bytes_per_s = (bytes as u128 * 1_000_000_000 / u128::from(transfer_ns)) as u64;
         if Duration::from_nanos(transfer_ns) > LONG_ENOUGH {
             break;
@@ -347,6 +350,7 @@ fn send_probes(transport: &mut impl Transport, to: usize, row_bytes: usize) -> R
         latency_ns: slept_ns / 2,
         eager_latency_ns: eager_ns / 2,
         bytes_per_s: bytes_per_s.max(1),
+        long_bytes,
     })
 }
 

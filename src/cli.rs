@@ -36,6 +36,8 @@ pub struct Cli {
 pub enum Command {
     /// Print the sharding plan and the memory report; needs no MPI and reads no weights
     Plan(PlanOptions),
+    /// Look at all hosts and links before a run, under mpirun; reads no weights
+    Doctor(DoctorOptions),
     /// Convert a GGUF file to an MLX checkpoint directory, tokenizer included
     Import {
         /// The GGUF file
@@ -131,6 +133,18 @@ pub struct PlanOptions {
     /// Show plans for the first device only, the first two, and so on, side by side
     #[arg(long)]
     pub what_if: bool,
+}
+
+/// Options of `doctor`.
+#[derive(Debug, Args)]
+pub struct DoctorOptions {
+    /// Which model, and how to cut it.
+    #[command(flatten)]
+    pub model: ModelOptions,
+
+    /// Say what each rank does, on standard error
+    #[arg(short, long, action = clap::ArgAction::Count)]
+    pub verbose: u8,
 }
 
 /// Options of generating.

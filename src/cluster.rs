@@ -881,6 +881,12 @@ pub fn probe_local() -> Result<DeviceProfile, ClusterError> {
     })
 }
 
+/// Memory of this host that is free or that the system would free for a program, in bytes; `None` where
+/// it does not tell.
+pub fn available_bytes() -> Option<u64> {
+    probe::available_bytes()
+}
+
 /// What every system tells without being asked specially.
 fn available_cores() -> u64 {
     std::thread::available_parallelism().map_or(1, |cores| cores.get() as u64)
@@ -918,6 +924,10 @@ mod probe {
         Ok(limits.fold(total_bytes, u64::min))
     }
 
+    pub(super) fn available_bytes() -> Option<u64> {
+        field_bytes(&fs::read_to_string(MEMINFO).ok()?, "MemAvailable:")
+    }
+
     pub(super) fn cores() -> u64 {
         let online = fs::read_to_string("/sys/devices/system/cpu/online").ok();
         online
@@ -927,9 +937,11 @@ mod probe {
 
     /// `MemTotal` of `/proc/meminfo`, which counts in KiB (proc_meminfo(5)).
     pub(super) fn total_bytes(meminfo: &str) -> Option<u64> {
-        let line = meminfo
-            .lines()
-            .find_map(|line| line.strip_prefix("MemTotal:"))?;
+        field_bytes(meminfo, "MemTotal:")
+    }
+
+    fn field_bytes(meminfo: &str, field: &str) -> Option<u64> {
+        let line = meminfo.lines().find_map(|line| line.strip_prefix(field))?;
         let kibibytes: u64 = line.trim().strip_suffix("kB")?.trim().parse().ok()?;
         kibibytes.checked_mul(1024).filter(|bytes| *bytes > 0)
     }
@@ -1012,6 +1024,10 @@ mod probe {
     pub(super) fn cores() -> u64 {
         super::available_cores()
     }
+
+    pub(super) fn available_bytes() -> Option<u64> {
+        None
+    }
 }
 
 /// Other systems do not tell.
@@ -1029,6 +1045,10 @@ mod probe {
 
     pub(super) fn cores() -> u64 {
         super::available_cores()
+    }
+
+    pub(super) fn available_bytes() -> Option<u64> {
+        None
     }
 }
 

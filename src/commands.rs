@@ -2,11 +2,12 @@
 
 use crate::agree::{self, Usage};
 use crate::cli::{self, PlanOptions};
-use crate::cluster::{self, ClusterFile};
+use crate::cluster::{self, ClusterFile, RankDevice};
+use crate::cost_store::{CostStore, Seat};
 use crate::hub::{self, Found};
 use crate::log::tell;
 use crate::model::Outline;
-use crate::plan::{self, Plan, WireDtype};
+use crate::plan::{self, Costs, ModelShape, Plan, WireDtype};
 use crate::planning::{self, Question};
 use anyhow::{Result, bail};
 use std::io::Write;
@@ -34,15 +35,16 @@ pub fn plan(options: &PlanOptions) -> Result<()> {
         .and_then(NonZeroUsize::new);
     let ranks =
         cluster::describe(file.as_ref(), ranks, &cluster::probe_local()?).map_err(Usage::of)?;
-    let wire_dtype = WireDtype::F32;
+    let tied = options.model.tied.into();
+    let (wire_dtype, costs) = calibrated(&ranks, |wire_dtype| files.shape(wire_dtype, tied));
     let question = Question {
         options: &options.model,
         cluster: file.as_ref(),
         ranks: &ranks,
-        shape: &files.shape(wire_dtype, options.model.tied.into()),
+        shape: &files.shape(wire_dtype, tied),
         longest_context_tokens: files.longest_context_tokens(),
         wire_dtype,
-        costs: None,
+        costs: costs.as_ref(),
     };
     if options.what_if {
         return print(&what_if(&question)?);
@@ -59,6 +61,30 @@ pub fn plan(options: &PlanOptions) -> Result<()> {
         ),
         hosts_that_slow_down(&question, &plan)?
     ))
+}
+
+/// What a run from this host has measured of these ranks, and the dtype that it ran in; f32 and nothing if
+/// there was none. What the hosts compute on is known from there only.
+fn calibrated(
+    ranks: &[RankDevice],
+    shape: impl Fn(WireDtype) -> ModelShape,
+) -> (WireDtype, Option<Costs>) {
+    let runs = [
+        ("gpu", WireDtype::Bf16),
+        ("gpu", WireDtype::F16),
+        ("gpu", WireDtype::F32),
+        ("cpu", WireDtype::F32),
+    ];
+    let found = runs.into_iter().find_map(|(device, wire_dtype)| {
+        let seat = |rank: &RankDevice| Seat {
+            host: rank.profile.hostname.clone(),
+            device: device.to_owned(),
+        };
+        let seats: Vec<Seat> = ranks.iter().map(seat).collect();
+        let costs = CostStore::of(&shape(wire_dtype), wire_dtype)?.find(&seats)?;
+        Some((wire_dtype, Some(costs)))
+    });
+    found.unwrap_or((WireDtype::F32, None))
 }
 
 /// The plans for the first device only, the first two, and so on.
@@ -130,7 +156,7 @@ pub fn import(gguf: &Path, out_dir: &Path) -> Result<()> {
 }
 
 /// Writes to standard output. That its reader has seen enough, as with `| head`, is no error.
-fn print(text: &str) -> Result<()> {
+pub fn print(text: &str) -> Result<()> {
     match std::io::stdout().write_all(text.as_bytes()) {
         Err(error) if error.kind() != std::io::ErrorKind::BrokenPipe => {
             Err(anyhow::Error::new(error).context("writing to standard output"))

@@ -13,7 +13,7 @@
 //! 7. [`report`] tells what it cost.
 //!
 //! Apart from this route: [`calibrate`] measures what the plan calculates with and [`cost_store`] keeps it;
-//! [`import`] makes checkpoints of GGUF files, [`hub`] finds and downloads them.
+//! [`doctor`] looks at hosts and links before a run; [`import`] makes checkpoints of GGUF files, [`hub`] finds and downloads them.
 #![deny(missing_docs)]
 
 pub mod agree;
@@ -24,6 +24,7 @@ pub mod cli;
 pub mod cluster;
 pub mod commands;
 pub mod cost_store;
+pub mod doctor;
 pub mod hub;
 pub mod import;
 pub mod log;

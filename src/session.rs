@@ -35,22 +35,28 @@ const MEETING_LIMIT: Duration = Duration::from_secs(120);
 
 /// Generates for every prompt on standard input. Returns the exit status of the program.
 pub fn run(options: &RunOptions) -> u8 {
-    let started = Instant::now();
-    let joined = wait::end_on_signals().and_then(|()| MpiTransport::start());
-    let mut transport = match joined {
-        Ok(transport) => transport,
-        Err(error) => {
-            tell(&format!("mlx-pipe: {error:#}\n"));
-            return 1;
-        }
+    let (mut transport, started) = match join(options.verbose) {
+        Ok(joined) => joined,
+        Err(status) => return status,
     };
-    let rank = transport.rank();
-    end_job_on_panic(rank);
-    log_to_stderr(options.verbose, rank, started);
     match generate(options, &mut transport, started) {
         Ok(status) => status,
-        Err(failure) => end(failure, rank),
+        Err(failure) => end(failure, transport.rank()),
     }
+}
+
+/// Joins the other ranks, and sees to it that no failure of this one leaves them waiting. Also when that
+/// began; or the exit status, if MPI cannot be started.
+pub fn join(verbose: u8) -> Result<(MpiTransport, Instant), u8> {
+    let started = Instant::now();
+    let joined = wait::end_on_signals().and_then(|()| MpiTransport::start());
+    let transport = joined.map_err(|error| {
+        tell(&format!("mlx-pipe: {error:#}\n"));
+        1
+    })?;
+    end_job_on_panic(transport.rank());
+    log_to_stderr(verbose, transport.rank(), started);
+    Ok((transport, started))
 }
 
 /// The route of a run.
@@ -487,7 +493,7 @@ fn exit_status(tally: Tally) -> u8 {
 }
 
 /// Says what went wrong and ends this rank, and if need be the others. Returns the exit status.
-fn end(failure: Failure, rank: usize) -> u8 {
+pub fn end(failure: Failure, rank: usize) -> u8 {
     let error = &failure.error;
     let interrupted = error.downcast_ref::<Interrupted>();
     let status = match interrupted {

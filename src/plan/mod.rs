@@ -46,7 +46,7 @@ pub use predict::{
 pub use shortfall::{RankNeed, Shortfall};
 pub use strategy::{LayerRanges, ParseLayersError, ParseStrategyError, Strategy};
 use table::counted;
-pub use table::{memory_table, plan_table};
+pub use table::{Align, Table, memory_table, plan_table, printable};
 pub use tied::plan_choosing_table;
 pub use validate::{CoverError, check_cover, validate};
 

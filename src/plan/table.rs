@@ -51,26 +51,30 @@ pub(super) fn counted(count: u64, noun: &str) -> String {
 }
 
 /// `text` with control characters replaced: names come from files and other hosts.
-pub(super) fn printable(text: &str) -> String {
+pub fn printable(text: &str) -> String {
     text.chars()
         .map(|c| if c.is_control() { '?' } else { c })
         .collect()
 }
 
+/// On which side of its column a cell stands.
 #[derive(Clone, Copy)]
-pub(super) enum Align {
+pub enum Align {
+    /// Texts.
     Left,
+    /// Numbers.
     Right,
 }
 
 /// Rows of text under headings, laid out when displayed.
-pub(super) struct Table {
+pub struct Table {
     columns: Vec<(&'static str, Align)>,
     rows: Vec<Vec<String>>,
 }
 
 impl Table {
-    pub(super) fn new(columns: &[(&'static str, Align)]) -> Self {
+    /// An empty table with these headings. The column headed `host` gives way where a line gets long.
+    pub fn new(columns: &[(&'static str, Align)]) -> Self {
         Self {
             columns: columns.to_vec(),
             rows: Vec::new(),
@@ -78,7 +82,7 @@ impl Table {
     }
 
     /// Adds a row with one cell a column.
-    pub(super) fn row(&mut self, cells: Vec<String>) {
+    pub fn row(&mut self, cells: Vec<String>) {
         debug_assert_eq!(cells.len(), self.columns.len());
         self.rows.push(cells);
     }
