@@ -20,19 +20,24 @@ use std::time::{Duration, Instant};
 use tracing::info;
 
 /// Time for the steps of one size.
-const STEPS_BUDGET: Duration = Duration::from_millis(350);
-/// Time for everything that is measured of a host, but for the first run of each kernel.
-const HOST_BUDGET: Duration = Duration::from_millis(1500);
+const STEPS_BUDGET: Duration = Duration::from_millis(300);
+/// Time for all steps of a host while it computes nothing else, those that do not count left out: the first
+/// use of a kernel may compile it.
+const HOST_BUDGET: Duration = Duration::from_millis(1800);
 /// Time in which all ranks of a host compute at once.
 const CROWDED_BUDGET: Duration = Duration::from_millis(400);
 /// Steps of one size: as many as fit in the time, between these.
 const STEPS_AT_LEAST: usize = 3;
 const STEPS_AT_MOST: usize = 100;
-/// Sizes of steps that are timed, as far as the time allows; one token always.
+/// Sizes of steps that are timed beside one token, as far as the time allows; the first always.
 const STEP_TOKENS: [usize; 3] = [8, 64, 512];
 /// Weights that are timed together are at least this large where the model has as much, so that a
 /// processor's caches do not hold what a run has to fetch from memory.
 const LARGER_THAN_CACHES_BYTES: u64 = 96 << 20;
+/// A step that takes less than this is mostly its beginning and end: then more layers are timed together.
+const LONG_STEP: Duration = Duration::from_millis(4);
+/// A step that takes this long is bound by arithmetic, not by memory, whatever caches hold.
+const SLOW_STEP: Duration = Duration::from_millis(25);
 /// Most bytes of the head that are timed; the rest takes proportionally long.
 const HEAD_BYTES: u64 = 48 << 20;
 /// Tokens in the cache when it is timed what a long sequence costs.
@@ -106,8 +111,12 @@ fn devices(
 /// Stages of made-up weights, and what they are fed with.
 struct Bench<'a> {
     question: &'a Question<'a>,
+    /// Layers that are timed together.
     layer_count: usize,
-    layer_bytes: u64,
+    /// Most that there can be: the model's, shared by the ranks.
+    most_layers: usize,
+    /// Time that timed steps have taken.
+    spent: Duration,
     /// Kept for the second measurement.
     stage: Option<Stage>,
 }
@@ -115,94 +124,172 @@ struct Bench<'a> {
 impl<'a> Bench<'a> {
     fn new(question: &'a Question, ranks: usize) -> Self {
         let of_layers = &question.shape.layer_bytes;
-        let at_most = of_layers.len().div_ceil(ranks).max(1);
-        let mut layer_count = 1;
-        let bytes = |count: usize| of_layers[..count.min(of_layers.len())].iter().sum::<u64>();
-        while layer_count < at_most && bytes(layer_count) < LARGER_THAN_CACHES_BYTES {
-            layer_count += 1;
-        }
+        let most_layers = of_layers.len().div_ceil(ranks).max(1);
         Self {
             question,
-            layer_count,
-            layer_bytes: (bytes(layer_count) / layer_count as u64).max(1),
+            layer_count: 1,
+            most_layers,
+            spent: Duration::ZERO,
             stage: None,
         }
     }
 
-    fn layers(&mut self) -> Result<&mut Stage> {
-        if self.stage.is_none() {
-            let (files, dtype) = (self.question.files, self.question.wire_dtype);
-            self.stage = Some(Stage::made_up(files, self.layer_count, None, dtype)?);
-        }
-        self.stage.as_mut().context("made right above")
+    /// Bytes of the layers timed together.
+    fn layers_bytes(&self) -> u64 {
+        let of_layers = &self.question.shape.layer_bytes;
+        of_layers.iter().take(self.layer_count).sum()
     }
 
     /// Times everything while the host computes nothing else.
     fn alone(&mut self) -> Result<DeviceCost> {
-        let started = Instant::now();
-        let step_ns = self.empty_step_ns()?;
-        let head_ns = self.head_ns(step_ns)?;
+        let one = Probe {
+            tokens: 1,
+            start: 0,
+        };
+        self.grow_until_long(one)?;
+        let whole_ns = self.layers_ns(one, STEPS_BUDGET)?;
+        let (layer_ns, step_ns) = self.split(one, whole_ns)?;
         let layer_count = self.layer_count as u64;
-        let row_bytes = self.row_bytes();
-        let per_layer = |ns: u64| ns.saturating_sub(step_ns) / layer_count;
+        let per_layer = |whole_ns: u64| whole_ns.saturating_sub(step_ns) / layer_count;
 
-        let stage = self.layers()?;
-        let one_ns = median_ns(stage, 1, 0, row_bytes, STEPS_BUDGET)?;
         let mut layer = vec![StepCost {
             tokens: 1,
-            ns: per_layer(one_ns),
+            ns: layer_ns,
         }];
-        let mut last = (1, one_ns);
+        let (mut tokens_before, mut before_ns) = (1, whole_ns);
         for tokens in STEP_TOKENS {
-            // A step of so many tokens takes at most proportionally long, and is done twice.
-            let expected = Duration::from_nanos(last.1 * 2).mul_f64(tokens as f64 / last.0 as f64);
-            if layer.len() > 1 && started.elapsed() + expected > HOST_BUDGET {
+            // A step of more tokens takes at most proportionally long.
+            let expected_ns = before_ns.saturating_mul(tokens as u64) / tokens_before;
+            let expected = Duration::from_nanos(expected_ns) * STEPS_AT_LEAST as u32;
+            if layer.len() > 1 && self.spent + expected > HOST_BUDGET {
                 break;
             }
-            let ns = median_ns(stage, tokens, 0, row_bytes, STEPS_BUDGET / 2)?;
+            before_ns = self.layers_ns(Probe { tokens, start: 0 }, STEPS_BUDGET / 2)?;
+            tokens_before = tokens as u64;
             layer.push(StepCost {
-                tokens: tokens as u64,
-                ns: per_layer(ns),
+                tokens: tokens_before,
+                ns: per_layer(before_ns),
             });
-            last = (tokens, ns);
         }
-        stage.pretend_cached(SLOT, CONTEXT_TOKENS)?;
-        let later_ns = median_ns(stage, 1, CONTEXT_TOKENS, row_bytes, STEPS_BUDGET / 2)?;
+        let later = Probe {
+            tokens: 1,
+            start: CONTEXT_TOKENS,
+        };
+        self.layers()?.pretend_cached(SLOT, CONTEXT_TOKENS)?;
+        let later_ns = self.layers_ns(later, STEPS_BUDGET / 2)?;
         Ok(DeviceCost {
             layer,
-            layer_bytes: self.layer_bytes,
-            context_ns: later_ns.saturating_sub(one_ns) / layer_count,
-            head_ns,
+            layer_bytes: (self.layers_bytes() / layer_count).max(1),
+            context_ns: later_ns.saturating_sub(whole_ns) / layer_count,
+            head_ns: self.head_ns()?,
             step_ns,
             crowding_per_mille: 1000,
         })
     }
 
-    /// A step through no layers at all.
-    fn empty_step_ns(&self) -> Result<u64> {
-        let mut stage = Stage::made_up(self.question.files, 0, None, self.question.wire_dtype)?;
-        median_ns(&mut stage, 1, 0, self.row_bytes(), STEPS_BUDGET / 8)
+    /// Takes more layers until a step of them takes long enough, and no cache holds them.
+    fn grow_until_long(&mut self, probe: Probe) -> Result<()> {
+        while self.layer_count < self.most_layers {
+            let took = Duration::from_nanos(self.layers_ns(probe, Duration::ZERO)?);
+            let from_memory = self.layers_bytes() >= LARGER_THAN_CACHES_BYTES;
+            if took > SLOW_STEP || (took > LONG_STEP && from_memory) {
+                break;
+            }
+            self.layer_count = (2 * self.layer_count).min(self.most_layers);
+            self.stage = None;
+        }
+        Ok(())
     }
 
-    /// Norm, head and sampling of one row, from some of the head's rows.
-    fn head_ns(&self, step_ns: u64) -> Result<u64> {
-        let files = self.question.files;
-        let vocab_size = files.architecture.vocab_size as u64;
+    /// What one layer of a step that takes `whole_ns` costs, and what the step costs beside its layers: the
+    /// rest of the same step with half of the layers. On a GPU that is mostly waiting for it to be done.
+    fn split(&mut self, probe: Probe, whole_ns: u64) -> Result<(u64, u64)> {
+        let (whole, half) = (self.layer_count, self.layer_count / 2);
+        let mut stage = self.made_up(half, None)?;
+        let half_ns = self.median_ns(&mut stage, probe, STEPS_BUDGET / 2)?;
+        let layer_ns = whole_ns.saturating_sub(half_ns) / (whole - half) as u64;
+        let step_ns = whole_ns.saturating_sub(layer_ns * whole as u64);
+        Ok((layer_ns, step_ns))
+    }
+
+    /// Norm, head and sampling of one row: a line through two parts of the head.
+    fn head_ns(&mut self) -> Result<u64> {
+        let vocab_size = self.question.files.architecture.vocab_size as u64;
         let head_bytes = self.question.shape.head_step_bytes().max(1);
-        let rows = (vocab_size * HEAD_BYTES / head_bytes).clamp(1, vocab_size);
-        let mut stage = Stage::made_up(files, 0, Some(rows as usize), self.question.wire_dtype)?;
-        let ns = median_ns(&mut stage, 1, 0, self.row_bytes(), STEPS_BUDGET)?;
-        let part_ns = u128::from(ns.saturating_sub(step_ns));
-        Ok((part_ns * u128::from(vocab_size) / u128::from(rows)) as u64)
+        let rows =
+            (u128::from(vocab_size) * u128::from(HEAD_BYTES) / u128::from(head_bytes)) as u64;
+        let rows = rows.clamp(1, vocab_size);
+        let fewer = rows.div_ceil(4);
+        let probe = Probe {
+            tokens: 1,
+            start: 0,
+        };
+        let mut time = |rows: u64| -> Result<u64> {
+            let mut stage = self.made_up(0, Some(rows as usize))?;
+            self.median_ns(&mut stage, probe, STEPS_BUDGET / 2)
+        };
+        let (fewer_ns, ns) = (time(fewer)?, time(rows)?);
+        let mut empty = self.made_up(0, None)?;
+        let empty_ns = self.median_ns(&mut empty, probe, STEPS_BUDGET / 8)?;
+        let (rise_ns, run) = (ns.saturating_sub(fewer_ns), (rows - fewer).max(1));
+        let rest_ns = u128::from(rise_ns) * u128::from(vocab_size - rows) / u128::from(run);
+        Ok(ns.saturating_sub(empty_ns).saturating_add(rest_ns as u64))
     }
 
     /// How long a step takes while every rank of the host does this, against alone.
     fn crowding_per_mille(&mut self, alone: &DeviceCost) -> Result<u64> {
-        let (row_bytes, layer_count) = (self.row_bytes(), self.layer_count as u64);
-        let one_ns = alone.layer[0].ns * layer_count + alone.step_ns;
-        let stage = self.layers()?;
-        let crowded_ns = median_ns(stage, 1, 0, row_bytes, CROWDED_BUDGET)?;
+        let one_ns = alone.layer[0].ns * self.layer_count as u64 + alone.step_ns;
+        let probe = Probe {
+            tokens: 1,
+            start: 0,
+        };
+        let crowded_ns = self.layers_ns(probe, CROWDED_BUDGET)?;
         Ok((u128::from(crowded_ns) * 1000 / u128::from(one_ns.max(1))) as u64)
+    }
+
+    fn layers_ns(&mut self, probe: Probe, budget: Duration) -> Result<u64> {
+        self.layers()?;
+        let mut stage = self.stage.take().context("made right above")?;
+        let ns = self.median_ns(&mut stage, probe, budget);
+        self.stage = Some(stage);
+        ns
+    }
+
+    fn layers(&mut self) -> Result<&mut Stage> {
+        if self.stage.is_none() {
+            self.stage = Some(self.made_up(self.layer_count, None)?);
+        }
+        self.stage.as_mut().context("made right above")
+    }
+
+    fn made_up(&self, layers: usize, head_rows: Option<usize>) -> Result<Stage> {
+        let (files, dtype) = (self.question.files, self.question.wire_dtype);
+        Stage::made_up(files, layers, head_rows, dtype)
+    }
+
+    /// Median nanoseconds of a step, after one that does not count.
+    fn median_ns(&mut self, stage: &mut Stage, probe: Probe, budget: Duration) -> Result<u64> {
+        let step = probe.step();
+        let payload = vec![0; probe.tokens * self.row_bytes()];
+        let mut sampler = Sampler::default();
+        let mut run = || -> Result<u64> {
+            wait::check_signals()?;
+            let started = Instant::now();
+            if let Output::Logits(logits) = stage.run(&step, &payload)? {
+                sampler.sample_step(&step, &logits);
+            }
+            Ok(started.elapsed().as_nanos() as u64)
+        };
+        run()?;
+        let started = Instant::now();
+        let mut times_ns = Vec::new();
+        while times_ns.len() < STEPS_AT_MOST
+            && (times_ns.len() < STEPS_AT_LEAST || started.elapsed() < budget)
+        {
+            times_ns.push(run()?);
+        }
+        self.spent += started.elapsed();
+        Ok(median(times_ns))
     }
 
     fn row_bytes(&self) -> usize {
@@ -213,44 +300,27 @@ impl<'a> Bench<'a> {
 /// The slot of the sequence that is timed.
 const SLOT: u32 = 0;
 
-/// Median nanoseconds of a step of `tokens` tokens at position `start`, after one that does not count: the
-/// first use of a kernel may compile it.
-fn median_ns(
-    stage: &mut Stage,
+/// A step to time.
+#[derive(Clone, Copy)]
+struct Probe {
     tokens: usize,
+    /// Tokens in the cache before it.
     start: usize,
-    row_bytes: usize,
-    budget: Duration,
-) -> Result<u64> {
-    let step = Step {
-        number: 0,
-        release: Vec::new(),
-        entries: vec![Entry {
-            slot: SLOT,
-            start: start as u32,
-            tokens: vec![0; tokens],
-            sample: Some(SampleParams::GREEDY),
-        }],
-    };
-    let payload = vec![0; tokens * row_bytes];
-    let mut sampler = Sampler::default();
-    let mut run = || -> Result<u64> {
-        wait::check_signals()?;
-        let started = Instant::now();
-        if let Output::Logits(logits) = stage.run(&step, &payload)? {
-            sampler.sample_step(&step, &logits);
+}
+
+impl Probe {
+    fn step(self) -> Step {
+        Step {
+            number: 0,
+            release: Vec::new(),
+            entries: vec![Entry {
+                slot: SLOT,
+                start: self.start as u32,
+                tokens: vec![0; self.tokens],
+                sample: Some(SampleParams::GREEDY),
+            }],
         }
-        Ok(started.elapsed().as_nanos() as u64)
-    };
-    run()?;
-    let started = Instant::now();
-    let mut times_ns = Vec::new();
-    while times_ns.len() < STEPS_AT_MOST
-        && (times_ns.len() < STEPS_AT_LEAST || started.elapsed() < budget)
-    {
-        times_ns.push(run()?);
     }
-    Ok(median(times_ns))
 }
 
 fn median(mut values: Vec<u64>) -> u64 {

@@ -16,6 +16,10 @@ use mlx_rs::ops::zeros_dtype;
 use mlx_rs::{Array, Device, DeviceType, Dtype, memory};
 use std::collections::HashMap;
 
+/// Activations that may be allocated ahead of what has been computed. MLX allocates as it queues, so a
+/// long prompt through many layers would hold those of all of them at the same time.
+const MOST_AHEAD_BYTES: usize = 48 << 20;
+
 /// What a stage's rows are made of.
 #[derive(Debug)]
 enum Inlet {
@@ -52,6 +56,8 @@ pub struct Stage {
     rope: Rope,
     hidden_size: usize,
     vocab_size: usize,
+    /// What one row's activations take in one layer, about.
+    layer_row_bytes: usize,
     /// The head, where there is one, is the embedding table.
     is_tied: bool,
     kv_shape: KvShape,
@@ -87,6 +93,7 @@ impl Stage {
             rope: Rope::new(architecture),
             hidden_size: architecture.hidden_size,
             vocab_size: architecture.vocab_size,
+            layer_row_bytes: layer_row_bytes(architecture, activation_dtype),
             is_tied: architecture.head == HeadSpec::Tied,
             kv_shape: kv_shape(architecture, activation_dtype),
             wire_dtype: activation_dtype,
@@ -141,6 +148,7 @@ impl Stage {
             rope: Rope::new(architecture),
             hidden_size: architecture.hidden_size,
             vocab_size: head_rows.unwrap_or(0),
+            layer_row_bytes: layer_row_bytes(architecture, dtype),
             is_tied: false,
             kv_shape: kv_shape(architecture, dtype),
             wire_dtype: dtype,
@@ -290,10 +298,16 @@ impl Compute for Stage {
         let spans = spans(step);
         let mut caches = self.take_caches(step)?;
         let mut x = self.enter(step, payload)?;
+        let mut ahead_bytes = 0;
         for (index, layer) in self.layers.iter().enumerate() {
             let mut of_layer: Vec<&mut LayerCache> =
                 caches.iter_mut().map(|cache| &mut cache[index]).collect();
             x = layer.forward(&x, &self.rope, &spans, &mut of_layer)?;
+            ahead_bytes += step.row_count() * self.layer_row_bytes;
+            if ahead_bytes > MOST_AHEAD_BYTES {
+                x.eval()?;
+                ahead_bytes = 0;
+            }
         }
         let slots = step.entries.iter().map(|entry| entry.slot);
         self.caches.extend(slots.zip(caches));
@@ -378,6 +392,16 @@ fn load_ends(
         },
     };
     Ok((inlet, outlet))
+}
+
+/// Around the attention eight arrays as wide as the hidden state or the heads, around the MLP four as wide as
+/// that.
+fn layer_row_bytes(architecture: &Architecture, dtype: Dtype) -> usize {
+    let mlp = architecture
+        .layers
+        .first()
+        .map_or(0, |layer| layer.gate_proj.outputs);
+    (8 * architecture.hidden_size + 4 * mlp) * element_bytes(dtype)
 }
 
 fn kv_shape(architecture: &Architecture, dtype: Dtype) -> KvShape {
