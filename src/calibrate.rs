@@ -36,6 +36,8 @@ const STEP_TOKENS: [usize; 3] = [8, 64, 512];
 const LARGER_THAN_CACHES_BYTES: u64 = 96 << 20;
 /// A step that takes less than this is mostly its beginning and end: then more layers are timed together.
 const LONG_STEP: Duration = Duration::from_millis(4);
+/// Above this, what a step costs beside its layers does not matter, and is not told from noise.
+const LONG_STEP_NS: u64 = 16_000_000;
 /// A step that takes this long is bound by arithmetic, not by memory, whatever caches hold.
 const SLOW_STEP: Duration = Duration::from_millis(25);
 /// Most bytes of the head that are timed; the rest takes proportionally long.
@@ -201,15 +203,22 @@ impl<'a> Bench<'a> {
         Ok(())
     }
 
-    /// What one layer of a step that takes `whole_ns` costs, and what the step costs beside its layers: the
-    /// rest of the same step with half of the layers. On a GPU that is mostly waiting for it to be done.
+    /// What one layer of a step that takes `whole_ns` costs, and what the step costs beside its layers. That
+    /// is what the same step takes with no layers at all, and on a GPU more: waiting for it to be done. A
+    /// step with half of the layers shows it, if it is more than such a difference is uncertain by.
     fn split(&mut self, probe: Probe, whole_ns: u64) -> Result<(u64, u64)> {
-        let (whole, half) = (self.layer_count, self.layer_count / 2);
-        let mut stage = self.made_up(half, None)?;
+        let (whole, half) = (self.layer_count as u64, self.layer_count as u64 / 2);
+        let mut empty = self.made_up(0, None)?;
+        let empty_ns = self.median_ns(&mut empty, probe, STEPS_BUDGET / 8)?;
+        let mut stage = self.made_up(half as usize, None)?;
         let half_ns = self.median_ns(&mut stage, probe, STEPS_BUDGET / 2)?;
-        let layer_ns = whole_ns.saturating_sub(half_ns) / (whole - half) as u64;
-        let step_ns = whole_ns.saturating_sub(layer_ns * whole as u64);
-        Ok((layer_ns, step_ns))
+        let sloped_ns = whole_ns.saturating_sub(half_ns) / (whole - half);
+        let beside_ns = whole_ns.saturating_sub(sloped_ns * whole);
+        let step_ns = match beside_ns > whole_ns / 6 && half > 0 && whole_ns < LONG_STEP_NS {
+            true => beside_ns,
+            false => empty_ns,
+        };
+        Ok((whole_ns.saturating_sub(step_ns) / whole, step_ns))
     }
 
     /// Norm, head and sampling of one row: a line through two parts of the head.
