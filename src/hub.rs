@@ -8,6 +8,7 @@ use hf_hub::Cache;
 use hf_hub::api::sync::{ApiBuilder, ApiError};
 use serde::{Deserialize, Serialize};
 use std::path::{Path, PathBuf};
+use tracing::info;
 
 /// The file without which a directory is no checkpoint.
 const CONFIG: &str = "config.json";
@@ -48,6 +49,34 @@ pub fn find(model: &str) -> Result<Found> {
         Some(dir) => Found::Cached(dir),
         None => Found::NotCached(model.to_owned()),
     })
+}
+
+/// The directory of a model, if this host has one: for a rank that gets from another what it lacks.
+///
+/// # Errors
+/// A file in the directory's place, or weights in the cache that are damaged.
+pub fn find_here(model: &str) -> Result<Option<PathBuf>> {
+    if !Path::new(model).exists() && !is_id(model) {
+        return Ok(None);
+    }
+    Ok(match find(model)? {
+        Found::Directory(dir) | Found::Cached(dir) => Some(dir),
+        Found::NotCached(_) => None,
+    })
+}
+
+/// The directory of what was found, downloaded if need be.
+///
+/// # Errors
+/// As [`download`].
+pub fn fetch(found: Found) -> Result<PathBuf> {
+    match found {
+        Found::Directory(dir) | Found::Cached(dir) => Ok(dir),
+        Found::NotCached(id) => {
+            info!(id, "downloading");
+            download(&id)
+        }
+    }
 }
 
 /// Downloads a model's files into the cache and returns their directory. The configuration comes last, so

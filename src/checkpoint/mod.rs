@@ -6,6 +6,8 @@
 //!                    header.rs  which tensors are in each    reads headers, no tensor
 //! Reader::take       reader.rs  one tensor, opened           reads it when told to
 //! Reader::finish                taken = planned, or an error
+//! Outline            outline.rs a checkpoint told to a rank that has none of its files
+//! Shard, ShardWriter shard.rs, shard_writer.rs   a rank's slice in a file of its own
 //! ```
 //!
 //! Everything in a checkpoint is untrusted. [`Checkpoint::open`] checks it once; a [`TensorInfo`]
@@ -18,7 +20,11 @@ mod error;
 mod file;
 mod header;
 mod index;
+mod lock;
+mod outline;
 mod reader;
+mod shard;
+mod shard_writer;
 #[cfg(test)]
 mod tests;
 
@@ -32,7 +38,10 @@ use sha2::{Digest, Sha256};
 pub use error::{CheckpointError, NameSample};
 pub use header::{Header, MAX_HEADER_BYTES};
 pub use index::MAX_INDEX_BYTES;
+pub use outline::Outline;
 pub use reader::{Consumed, Reader, Tensor};
+pub use shard::{PAD_PREFIX, Shard, ShardError, ShardTensor};
+pub use shard_writer::ShardWriter;
 
 use file::WeightFile;
 use index::Listing;
@@ -62,6 +71,8 @@ pub struct TensorInfo {
     /// length.
     begin: u64,
     end: u64,
+    /// Hash of the bytes, where one was kept.
+    digest: Option<blake3::Hash>,
 }
 
 impl TensorInfo {
@@ -136,6 +147,11 @@ impl Checkpoint {
         hash.finalize().into()
     }
 
+    /// Whether its files are on another host, so that no tensor of it can be read here.
+    pub fn is_elsewhere(&self) -> bool {
+        self.files.iter().any(WeightFile::is_elsewhere)
+    }
+
     /// Starts taking tensors out.
     pub fn reader(&self) -> Reader<'_> {
         Reader::new(self)
@@ -145,6 +161,11 @@ impl Checkpoint {
     fn add_file(&mut self, name: &str) -> Result<(), CheckpointError> {
         let (file, open) = WeightFile::open(&self.dir, name.to_owned())?;
         let header = Header::read(open, file.bytes(), &file.path)?;
+        self.add(file, &header)
+    }
+
+    /// Adds a file and the tensors of its header.
+    fn add(&mut self, file: WeightFile, header: &Header) -> Result<(), CheckpointError> {
         let place = self.files.len();
         self.files.push(file);
         for (tensor, info) in header.tensors() {
@@ -154,6 +175,7 @@ impl Checkpoint {
                 file: place,
                 begin: header.data_start() + info.data_offsets.0 as u64,
                 end: header.data_start() + info.data_offsets.1 as u64,
+                digest: None,
             };
             if let Some(known) = self.tensors.get(&tensor) {
                 let [first, second] = [known, &info].map(|info| self.path_of(info).to_owned());
@@ -207,12 +229,16 @@ fn hash_text(hash: &mut Sha256, text: &str) {
 }
 
 fn hash_tensor(hash: &mut Sha256, info: &TensorInfo) {
+    hash_kind(hash, info);
+    for number in [info.file as u64, info.begin, info.end] {
+        hash_number(hash, number);
+    }
+}
+
+fn hash_kind(hash: &mut Sha256, info: &TensorInfo) {
     hash_text(hash, &info.dtype.to_string());
     hash_number(hash, info.shape.len() as u64);
     for &dimension in &info.shape {
         hash_number(hash, dimension as u64);
-    }
-    for number in [info.file as u64, info.begin, info.end] {
-        hash_number(hash, number);
     }
 }

@@ -5,9 +5,10 @@ use super::architecture::Architecture;
 use super::generation::end_of_sequence_ids;
 use super::inventory::Inventory;
 use crate::bounded_file;
-use crate::checkpoint::Checkpoint;
+use crate::checkpoint::{Checkpoint, Outline};
 use crate::plan::{Head, ModelShape, TiedTable, WireDtype};
 use anyhow::{Context, Result, bail};
+use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use sha2::{Digest, Sha256};
 use std::path::{Path, PathBuf};
@@ -38,18 +39,50 @@ impl ModelFiles {
     /// # Errors
     /// No configuration, weights that are not there or not whole, or the two not belonging together.
     pub fn open(dir: &Path) -> Result<Self> {
-        let in_dir = || format!("model directory {}", dir.display());
-        let Some((config, config_hash)) = read_config(dir, "config.json")? else {
-            bail!(
-                "{} has no config.json; expected a checkpoint directory in MLX's form",
-                dir.display()
-            );
-        };
-        let generation = read_config(dir, "generation_config.json")?.map(|(json, _)| json);
-        let end_ids = end_of_sequence_ids(&config, generation.as_ref()).with_context(in_dir)?;
+        let texts = Texts::read(dir)?;
         // Opening the checkpoint would wait for ever if this were a pipe.
         bounded_file::is_regular(&dir.join("model.safetensors.index.json"))?;
-        let checkpoint = Checkpoint::open(dir)?;
+        Self::check(dir, &texts, Checkpoint::open(dir)?)
+    }
+
+    /// What to tell a rank that has no model directory.
+    ///
+    /// # Errors
+    /// A file that has changed since it was opened, or cannot be read.
+    pub fn outline(&self) -> Result<ModelOutline> {
+        let texts = Texts::read(&self.dir)?;
+        if texts.config_hash() != self.config_hash {
+            bail!(
+                "{}: config.json has changed since it was read; start again when nothing writes to it",
+                self.dir.display()
+            );
+        }
+        Ok(ModelOutline {
+            dir: self.dir.to_string_lossy().into_owned(),
+            texts,
+            checkpoint: self.checkpoint.outline()?,
+        })
+    }
+
+    /// The same model on a rank that was told of it. Everything is checked as if it came from files.
+    ///
+    /// # Errors
+    /// As [`Self::open`].
+    pub fn from_outline(outline: ModelOutline) -> Result<Self> {
+        let dir = PathBuf::from(outline.dir);
+        let checkpoint = outline.checkpoint.into_checkpoint(&dir)?;
+        Self::check(&dir, &outline.texts, checkpoint)
+    }
+
+    /// Holds configuration and headers against each other.
+    fn check(dir: &Path, texts: &Texts, checkpoint: Checkpoint) -> Result<Self> {
+        let in_dir = || format!("model directory {}", dir.display());
+        let config = parse(dir, "config.json", &texts.config)?;
+        let generation = texts.generation_config.as_deref();
+        let generation = generation
+            .map(|text| parse(dir, "generation_config.json", text))
+            .transpose()?;
+        let end_ids = end_of_sequence_ids(&config, generation.as_ref()).with_context(in_dir)?;
         let architecture = Architecture::read(&config, |name| checkpoint.get(name).is_some())
             .with_context(in_dir)?;
         let inventory = Inventory::check(&architecture, &checkpoint).with_context(in_dir)?;
@@ -59,7 +92,7 @@ impl ModelFiles {
             inventory,
             checkpoint,
             end_ids,
-            config_hash,
+            config_hash: texts.config_hash(),
         })
     }
 
@@ -94,12 +127,56 @@ impl ModelFiles {
     }
 }
 
-/// A configuration and the SHA-256 of its bytes, in hexadecimal; `None` if it is not there.
-fn read_config(dir: &Path, name: &str) -> Result<Option<(Value, String)>> {
+/// A model directory as one rank tells it to another that has none: configurations, and the headers of the
+/// weight files.
+#[derive(Debug, Serialize, Deserialize)]
+pub struct ModelOutline {
+    /// The directory on the host that has it, for messages.
+    dir: String,
+    texts: Texts,
+    checkpoint: Outline,
+}
+
+/// The configurations as they stand in the files.
+#[derive(Debug, Serialize, Deserialize)]
+struct Texts {
+    config: String,
+    generation_config: Option<String>,
+}
+
+impl Texts {
+    fn read(dir: &Path) -> Result<Self> {
+        let Some(config) = read_text(dir, "config.json")? else {
+            bail!(
+                "{} has no config.json; expected a checkpoint directory in MLX's form",
+                dir.display()
+            );
+        };
+        Ok(Self {
+            config,
+            generation_config: read_text(dir, "generation_config.json")?,
+        })
+    }
+
+    /// SHA-256 of `config.json`, in hexadecimal.
+    fn config_hash(&self) -> String {
+        hex::encode(Sha256::digest(&self.config))
+    }
+}
+
+/// A configuration; `None` if it is not there.
+fn read_text(dir: &Path, name: &str) -> Result<Option<String>> {
     let Some(bytes) = bounded_file::read(&dir.join(name), LARGEST_CONFIG_BYTES)? else {
         return Ok(None);
     };
-    let config = serde_json::from_slice(&bytes)
-        .with_context(|| format!("model directory {}: {name} is not JSON", dir.display()))?;
-    Ok(Some((config, hex::encode(Sha256::digest(&bytes)))))
+    let text = String::from_utf8(bytes).with_context(|| not_json(dir, name))?;
+    Ok(Some(text))
+}
+
+fn parse(dir: &Path, name: &str, text: &str) -> Result<Value> {
+    serde_json::from_str(text).with_context(|| not_json(dir, name))
+}
+
+fn not_json(dir: &Path, name: &str) -> String {
+    format!("model directory {}: {name} is not JSON", dir.display())
 }

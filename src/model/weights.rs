@@ -75,6 +75,6 @@ fn to_array(tensor: Tensor) -> Result<Array> {
         .map(|&dimension| i32::try_from(dimension))
         .collect::<Result<Vec<i32>, _>>()
         .context("a dimension is over 2^31")?;
-    let fill = Box::new(move |bytes: &mut [u8]| Ok(tensor.read_at(0, bytes)?));
+    let fill = Box::new(move |bytes: &mut [u8]| Ok(tensor.read(bytes)?));
     filled(&shape, dtype, fill)
 }
