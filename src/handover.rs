@@ -9,9 +9,11 @@ use crate::checkpoint::{Checkpoint, Shard, ShardWriter, Tensor};
 use crate::hub;
 use crate::model::{ModelFiles, ModelOutline};
 use crate::parcel::{self, CHUNK_BYTES, Parcel};
+use crate::tokenizer::TokenizerFiles;
 use crate::transport::{Kind, Transport};
 use crate::wait::{self, Patience};
 use anyhow::{Context, Result, bail, ensure};
+use serde::{Deserialize, Serialize};
 use std::collections::VecDeque;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -24,7 +26,15 @@ const STALL_LIMIT: Duration = Duration::from_secs(120);
 /// Longest outline that is taken: headers of thousands of layers.
 const LONGEST_OUTLINE_BYTES: u64 = 256 << 20;
 
+/// What a rank without the model is told of it.
+#[derive(Serialize, Deserialize)]
+struct Told {
+    model: ModelOutline,
+    tokenizer: Option<TokenizerFiles>,
+}
+
 /// Opens the model where it is, and tells the ranks that do not have it what it is. On every rank alike.
+/// `cache_dir`: where rank 0 keeps a tokenizer that it is told.
 ///
 /// # Errors
 /// The rank `source` does not have the model; or an error of any rank.
@@ -32,6 +42,7 @@ pub fn open(
     transport: &mut impl Transport,
     model: &str,
     source: usize,
+    cache_dir: Option<&Path>,
 ) -> Result<ModelFiles, Failure> {
     let rank = transport.rank();
     // First, and alone: it may download the model into a cache that another rank of its host would look into.
@@ -60,7 +71,8 @@ pub fn open(
                     files.dir.display()
                 );
             }
-            hear_outline(transport, source)
+            let json = hear_outline(transport, source)?;
+            understand(&json, source, rank, cache_dir)
         }
     };
     agree::all_succeeded(transport, files)
@@ -92,10 +104,19 @@ fn tell_outline(transport: &mut impl Transport, files: &ModelFiles, ranks: &[usi
     if ranks.is_empty() {
         return Ok(());
     }
-    let outline = serde_json::to_vec(&files.outline()?).context("encoding the outline")?;
+    // Only rank 0 makes tokens of text.
+    let tokenizer = match ranks.contains(&0) {
+        true => Some(TokenizerFiles::read(&files.dir)?),
+        false => None,
+    };
+    let told = Told {
+        model: files.outline()?,
+        tokenizer,
+    };
+    let outline = serde_json::to_vec(&told).context("encoding the outline")?;
     ensure!(
         outline.len() as u64 <= LONGEST_OUTLINE_BYTES,
-        "the headers of this model have {} bytes, over the {LONGEST_OUTLINE_BYTES} that another rank takes; \
+        "headers and tokenizer of this model have {} bytes, over the {LONGEST_OUTLINE_BYTES} that another rank takes; \
          copy the model directory to every host",
         outline.len()
     );
@@ -106,15 +127,30 @@ fn tell_outline(transport: &mut impl Transport, files: &ModelFiles, ranks: &[usi
     send_all(transport, outgoing.collect())
 }
 
-fn hear_outline(transport: &mut impl Transport, source: usize) -> Result<ModelFiles> {
+/// The outline as it arrives. A failure on the way is this rank's alone: the sender still waits.
+fn hear_outline(transport: &mut impl Transport, source: usize) -> Result<Vec<u8>> {
     let mut json = Vec::new();
     receive_item(transport, source, 0, LONGEST_OUTLINE_BYTES, |chunk| {
         json.extend_from_slice(chunk);
         Ok(())
     })?;
+    Ok(json)
+}
+
+/// The model that an outline tells of. On rank 0, with a directory for the tokenizer.
+fn understand(
+    json: &[u8],
+    source: usize,
+    rank: usize,
+    cache_dir: Option<&Path>,
+) -> Result<ModelFiles> {
     let in_outline = || format!("the model as rank {source} told of it");
-    let outline: ModelOutline = serde_json::from_slice(&json).with_context(in_outline)?;
-    ModelFiles::from_outline(outline).with_context(in_outline)
+    let told: Told = serde_json::from_slice(json).with_context(in_outline)?;
+    let mut files = ModelFiles::from_outline(told.model).with_context(in_outline)?;
+    if let Some(tokenizer) = told.tokenizer.filter(|_| rank == 0) {
+        files.dir = tokenizer.keep(&cache_dir_or_default(cache_dir)?)?;
+    }
+    Ok(files)
 }
 
 /// Sends ranks the tensors of their slices, to all of them at once.
@@ -395,11 +431,14 @@ fn send_all(transport: &mut impl Transport, mut all: Vec<Outgoing>) -> Result<()
     }
 }
 
-/// Where slices are kept that nobody named a directory for: `mlx-pipe/shards` in the user's cache.
+/// Where received weights are kept: in the directory named, else in `mlx-pipe/shards` in the user's cache.
 ///
 /// # Errors
-/// Neither `XDG_CACHE_HOME` nor `HOME` is set.
-pub fn default_cache_dir() -> Result<PathBuf> {
+/// None is named, and neither `XDG_CACHE_HOME` nor `HOME` is set.
+pub fn cache_dir_or_default(named: Option<&Path>) -> Result<PathBuf> {
+    if let Some(dir) = named {
+        return Ok(dir.to_owned());
+    }
     let set = |name: &str| std::env::var_os(name).filter(|value| !value.is_empty());
     let cache = match (set("XDG_CACHE_HOME"), set("HOME")) {
         (Some(cache), _) => PathBuf::from(cache),

@@ -239,7 +239,8 @@ fn open_model(
 ) -> Result<ModelFiles, Failure> {
     if let Some(source) = options.weights_from {
         agree::all_succeeded(transport, check_source(source, cluster.ranks.len()))?;
-        return handover::open(transport, &cluster.model, source);
+        let cache_dir = options.shard_cache.as_deref();
+        return handover::open(transport, &cluster.model, source, cache_dir);
     }
     let rank = transport.rank();
     let found = agree::gather(transport, hub::find(&cluster.model), None)?;

@@ -46,18 +46,14 @@ impl<'a> Slice<'a> {
         rank: usize,
         cache_dir: Option<&Path>,
     ) -> Result<Self> {
-        let dir = match cache_dir {
-            Some(dir) => Some(dir.to_owned()),
-            None if files.checkpoint.is_elsewhere() => Some(handover::default_cache_dir()?),
-            None => None,
-        };
+        let is_needed = cache_dir.is_some() || files.checkpoint.is_elsewhere();
         let part = &plan.stages[rank];
-        let cache = match dir {
-            Some(dir) => Some(Cache {
-                dir,
+        let cache = match is_needed {
+            true => Some(Cache {
+                dir: handover::cache_dir_or_default(cache_dir)?,
                 shard: shard(files, part)?,
             }),
-            None => None,
+            false => None,
         };
         Ok(Self {
             files,
