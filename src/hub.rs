@@ -1,5 +1,5 @@
 //! From `--model` to a directory on this host: a path, or an id in the local Hugging Face cache, or,
-//! where a network is there, a download into that cache.
+//! where a network is there, a download into that cache. And where weights are kept that another rank sent.
 
 use crate::agree::Usage;
 use crate::checkpoint::{Checkpoint, CheckpointError};
@@ -77,6 +77,26 @@ pub fn fetch(found: Found) -> Result<PathBuf> {
             download(&id)
         }
     }
+}
+
+/// Where received weights are kept: in the directory named, else in `mlx-pipe/shards` in the user's cache.
+///
+/// # Errors
+/// None is named, and neither `XDG_CACHE_HOME` nor `HOME` is set.
+pub fn cache_dir_or_default(named: Option<&Path>) -> Result<PathBuf> {
+    if let Some(dir) = named {
+        return Ok(dir.to_owned());
+    }
+    let set = |name: &str| std::env::var_os(name).filter(|value| !value.is_empty());
+    let cache = match (set("XDG_CACHE_HOME"), set("HOME")) {
+        (Some(cache), _) => PathBuf::from(cache),
+        (None, Some(home)) => Path::new(&home).join(".cache"),
+        (None, None) => bail!(
+            "no directory to keep received weights in: neither XDG_CACHE_HOME nor HOME is set; give one with \
+             --shard-cache"
+        ),
+    };
+    Ok(cache.join("mlx-pipe").join("shards"))
 }
 
 /// Downloads a model's files into the cache and returns their directory. The configuration comes last, so

@@ -7,6 +7,7 @@
 use crate::agree::{self, Failure};
 use crate::checkpoint::{Checkpoint, Consumed, Shard};
 use crate::handover;
+use crate::hub;
 use crate::model::ModelFiles;
 use crate::plan::{self, Plan};
 use crate::stage::Stage;
@@ -50,7 +51,7 @@ impl<'a> Slice<'a> {
         let part = &plan.stages[rank];
         let cache = match is_needed {
             true => Some(Cache {
-                dir: handover::cache_dir_or_default(cache_dir)?,
+                dir: hub::cache_dir_or_default(cache_dir)?,
                 shard: shard(files, part)?,
             }),
             false => None,
@@ -97,7 +98,14 @@ impl<'a> Slice<'a> {
         match (cached, &self.cache) {
             (Some(loaded), _) => Ok(loaded),
             (None, Some(cache)) if is_waiting => {
-                handover::receive_slice(transport, source, &cache.shard, &cache.dir)?;
+                let received = handover::receive_slice(transport, source, &cache.shard, &cache.dir);
+                received.with_context(|| {
+                    format!(
+                        "receiving {} bytes from rank {source} into {} (--shard-cache names another directory)",
+                        cache.shard.file_bytes(),
+                        cache.dir.display()
+                    )
+                })?;
                 let loaded = self.open_cached(cache)?;
                 Ok(loaded.context("the file just written to the shard cache is gone")?)
             }
