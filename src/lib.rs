@@ -5,7 +5,7 @@
 //! 1. [`cli`] reads the command line; [`session`] takes a rank from the start of MPI to the report.
 //! 2. [`cluster`], [`model::ModelFiles`], [`planning`] and [`plan`] decide, on every rank alike, which layers are whose;
 //!    [`agree`] makes sure that it is alike.
-//! 3. [`stage::Stage`] loads this rank's slice of the [`checkpoint`] through [`model`]; [`slice`] knows where from, and
+//! 3. [`stage::Stage`] loads this rank's slice of the [`checkpoint`] through [`model`]; [`mod@slice`] knows where from, and
 //!    [`handover`] carries it ([`parcel`]) from a rank that has the model to one that has not.
 //! 4. [`prompts`] reads [`request`]s, a [`tokenizer`] and a [`sequence`] turn them into token ids.
 //! 5. [`schedule`] puts tokens into steps, [`wire`] makes bytes of them, [`transport`] carries these, and

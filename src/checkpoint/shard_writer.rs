@@ -103,14 +103,14 @@ impl<'s> ShardWriter<'s> {
             .and_then(|()| self.file.sync_all());
         ended.map_err(|cause| failed("write", &self.unfinished, cause))?;
         let place = self.dir.join(self.shard.file_name());
-        if place.is_dir() {
+        if place.symlink_metadata().is_ok_and(|found| found.is_dir()) {
             fs::remove_dir(&place)
                 .map_err(|cause| failed("remove the directory", &place, cause))?;
         }
         fs::rename(&self.unfinished, &place).map_err(|cause| failed("make", &place, cause))?;
-        File::open(&self.dir)
-            .and_then(|dir| dir.sync_all())
-            .map_err(|cause| failed("write the directory", &self.dir, cause))
+        // Some file systems refuse this of a directory. A name lost with the power is a file made again.
+        let _ = File::open(&self.dir).and_then(|dir| dir.sync_all());
+        Ok(())
     }
 }
 
