@@ -36,6 +36,8 @@ pub struct Cli {
 pub enum Command {
     /// Print the sharding plan and the memory report; needs no MPI and reads no weights
     Plan(PlanOptions),
+    /// Look at all hosts and links before a run, under mpirun; reads no weights
+    Doctor(DoctorOptions),
     /// Convert a GGUF file to an MLX checkpoint directory, tokenizer included
     Import {
         /// The GGUF file
@@ -71,14 +73,14 @@ pub struct ModelOptions {
     #[arg(long, value_enum, hide_possible_values = true, default_value = "auto")]
     pub device: DeviceName,
 
-    /// Where an embedding table that is the head too is held: once (on the last rank), or both (on the
-    /// first too, so that no embedding travels)
+    /// Where an embedding table that is the head too is held: once (on the last rank), both (on the
+    /// first too, so that no embedding travels), or auto (both where that is known to be faster)
     #[arg(
         long,
         value_enum,
         value_name = "WHERE",
         hide_possible_values = true,
-        default_value = "once"
+        default_value = "auto"
     )]
     pub tied: TiedName,
 
@@ -127,6 +129,22 @@ pub struct PlanOptions {
     /// [default: model_parallel_size of the cluster file, its devices, or 1]
     #[arg(long, value_parser = clap::value_parser!(u64).range(1..=1024))]
     pub ranks: Option<u64>,
+
+    /// Show plans for the first device only, the first two, and so on, side by side
+    #[arg(long)]
+    pub what_if: bool,
+}
+
+/// Options of `doctor`.
+#[derive(Debug, Args)]
+pub struct DoctorOptions {
+    /// Which model, and how to cut it.
+    #[command(flatten)]
+    pub model: ModelOptions,
+
+    /// Say what each rank does, on standard error
+    #[arg(short, long, action = clap::ArgAction::Count)]
+    pub verbose: u8,
 }
 
 /// Options of generating.
@@ -148,6 +166,11 @@ pub struct RunOptions {
     /// How to sample.
     #[command(flatten)]
     pub sampling: SamplingOptions,
+
+    /// Measure the hosts and their links before planning, for some seconds, and keep the result for later
+    /// runs and for `plan`
+    #[arg(long, help_heading = "Model and plan")]
+    pub calibrate: bool,
 
     /// Take plain prompts as they are, without the chat template
     #[arg(long, help_heading = "Input and output")]
@@ -182,7 +205,7 @@ pub struct RunOptions {
 }
 
 impl RunOptions {
-    /// What must be the same on all ranks: [`ModelOptions::plan_options`], and who gives weights to whom.
+    /// What must be the same on all ranks: [`ModelOptions::plan_options`], whether to measure, and who gives weights to whom.
     pub fn shared_options(&self) -> String {
         let weights_from = self.weights_from;
         format!(
@@ -295,6 +318,7 @@ impl From<DeviceName> for DeviceChoice {
 #[derive(Debug, Clone, Copy, ValueEnum)]
 #[allow(missing_docs)]
 pub enum TiedName {
+    Auto,
     Once,
     Both,
 }
@@ -302,6 +326,7 @@ pub enum TiedName {
 impl From<TiedName> for TiedTable {
     fn from(name: TiedName) -> Self {
         match name {
+            TiedName::Auto => Self::Auto,
             TiedName::Once => Self::Once,
             TiedName::Both => Self::Both,
         }

@@ -14,13 +14,23 @@ use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Deserializer, Serialize, de};
 
-use crate::plan::Device;
+use crate::plan::{Device, LinkCost, LinkCosts, Rates};
 
 /// Largest cluster file read: some thousand devices. Anything larger is not a cluster file.
 const MAX_FILE_BYTES: u64 = 1 << 20;
 
 /// Largest memory a device may claim, in GB; keeps every size far from 64 bits.
 const MAX_GIGABYTES: f64 = 1e9;
+
+/// Largest rate or latency a file may state, in the unit that it states it in.
+const MAX_STATED: f64 = 1e6;
+
+/// From one rank to another of the same host: through shared memory, and as fast as a poll of the
+/// receiver comes round (see `wait`).
+const LOCAL_LINK: LinkCost = LinkCost {
+    latency_ns: 20_000,
+    bytes_per_s: 4_000_000_000,
+};
 
 /// Least common multiple of 1 to 16: a core's speed, so that up to 16 ranks on a host share its
 /// cores without rounding.
@@ -39,6 +49,8 @@ pub struct DeviceProfile {
     pub cores: u64,
     /// Most bytes the device should hold (`max_recommended_model_size_gb`), if known.
     pub max_model_bytes: Option<u64>,
+    /// `memory_bandwidth_gb_s` and `compute_tflops` of the cluster file.
+    pub rates: Option<Rates>,
 }
 
 impl DeviceProfile {
@@ -59,6 +71,8 @@ pub struct RankDevice {
     pub profile: DeviceProfile,
     /// Ranks on the device, this one included; at least 1.
     pub sharers: NonZeroUsize,
+    /// Position of the device in the cluster file's `devices`, if it is there.
+    pub entry: Option<usize>,
 }
 
 impl RankDevice {
@@ -72,8 +86,46 @@ impl RankDevice {
             name: self.profile.hostname.clone(),
             memory_limit_bytes: memory_limit_bytes.unwrap_or(usable_bytes / sharers),
             speed: speed.max(1),
+            cost: None,
         }
     }
+
+    fn shares_device_with(&self, other: &Self) -> bool {
+        let one_host = self.is_on_host_of(other) && self.entry == other.entry;
+        one_host && self.sharers.get() > 1 && other.sharers.get() > 1
+    }
+
+    fn is_on_host_of(&self, other: &Self) -> bool {
+        let (ours, theirs) = (&self.profile.hostname, &other.profile.hostname);
+        ours.eq_ignore_ascii_case(theirs)
+    }
+}
+
+/// The hosts in the order of their first ranks, each with the positions of its ranks.
+pub fn ranks_by_host(ranks: &[RankDevice]) -> Vec<(&str, Vec<usize>)> {
+    let mut hosts: Vec<(&str, Vec<usize>)> = Vec::new();
+    for (rank, device) in ranks.iter().enumerate() {
+        let name = device.profile.hostname.as_str();
+        let known = hosts
+            .iter_mut()
+            .find(|(host, _)| host.eq_ignore_ascii_case(name));
+        match known {
+            Some((_, its_ranks)) => its_ranks.push(rank),
+            None => hosts.push((name, vec![rank])),
+        }
+    }
+    hosts
+}
+
+/// The ranks `kept` (positions, ascending) of `ranks`, when the others do not take part: those that shared
+/// a device with them have more of it.
+pub fn part_of(ranks: &[RankDevice], kept: &[usize]) -> Vec<RankDevice> {
+    let kept: Vec<&RankDevice> = kept.iter().filter_map(|rank| ranks.get(*rank)).collect();
+    let alone = |rank: &&RankDevice| RankDevice {
+        sharers: count(&kept, |other| rank.shares_device_with(other)),
+        ..(*rank).clone()
+    };
+    kept.iter().map(alone).collect()
 }
 
 /// A checked cluster file. Every part is optional; fields it does not know are ignored, because
@@ -88,6 +140,10 @@ pub struct ClusterFile {
     pub model_parallel_size: Option<NonZeroUsize>,
     /// The devices, in rank order where they share a name.
     pub devices: Vec<DeviceEntry>,
+    /// What links between hosts cost where `links` says nothing else.
+    link: Option<LinkFields>,
+    /// Links of named devices.
+    links: Vec<NamedLink>,
 }
 
 /// One entry of the file's `devices`.
@@ -105,6 +161,33 @@ struct FileFields {
     model_name: Option<String>,
     model_parallel_size: Option<NonZeroUsize>,
     devices: Option<Vec<DeviceEntry>>,
+    link: Option<LinkFields>,
+    links: Option<Vec<NamedLink>>,
+}
+
+/// A link as it stands in JSON.
+#[derive(Clone, Copy, Debug, Deserialize)]
+struct LinkFields {
+    latency_us: Stated,
+    bandwidth_gbit_s: Stated,
+}
+
+impl LinkFields {
+    fn cost(self) -> LinkCost {
+        LinkCost {
+            latency_ns: self.latency_us.times(1e3),
+            bytes_per_s: self.bandwidth_gbit_s.times(1e9 / 8.0),
+        }
+    }
+}
+
+/// A link between two devices as it stands in JSON, in either direction.
+#[derive(Clone, Debug, Deserialize)]
+struct NamedLink {
+    from: String,
+    to: String,
+    #[serde(flatten)]
+    link: LinkFields,
 }
 
 /// A device as it stands in JSON.
@@ -120,6 +203,17 @@ struct Capabilities {
     memory_gb: Option<Gigabytes>,
     gpu_cores: Option<NonZeroU32>,
     max_recommended_model_size_gb: Option<Gigabytes>,
+    memory_bandwidth_gb_s: Option<Stated>,
+    compute_tflops: Option<Stated>,
+}
+
+impl Capabilities {
+    fn rates(&self) -> Option<Rates> {
+        self.memory_bandwidth_gb_s.map(|bandwidth| Rates {
+            bandwidth_bytes_per_s: bandwidth.times(1e9),
+            flops_per_s: self.compute_tflops.map(|flops| flops.times(1e12)),
+        })
+    }
 }
 
 /// A device is known by its host, by an id, or by both.
@@ -163,6 +257,32 @@ impl<'de> Deserialize<'de> for Gigabytes {
             ));
         }
         Ok(Self(bytes as u64))
+    }
+}
+
+/// A rate or a latency, above 0 and at most [`MAX_STATED`] in its unit.
+#[derive(Clone, Copy, Debug)]
+struct Stated(f64);
+
+impl Stated {
+    /// In a finer unit, as a whole number above 0. The only rounding between the text and the plan, so all
+    /// ranks get the same.
+    fn times(self, unit: f64) -> u64 {
+        ((self.0 * unit).round() as u64).max(1)
+    }
+}
+
+impl<'de> Deserialize<'de> for Stated {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        let stated = f64::deserialize(deserializer)?;
+        if !(stated > 0.0 && stated <= MAX_STATED) {
+            let found = de::Unexpected::Float(stated);
+            return Err(de::Error::invalid_value(
+                found,
+                &"a number above 0 and up to 1e6",
+            ));
+        }
+        Ok(Self(stated))
     }
 }
 
@@ -277,18 +397,35 @@ pub enum ClusterError {
         /// Ranks.
         ranks: usize,
     },
-    /// Some devices have `gpu_cores` and some have not, so their speeds do not compare.
+    /// Some devices have `gpu_cores`, say, and some have not, so their speeds do not compare.
     #[error(
-        "cluster file {path}: `gpu_cores` is given for `{with}` but not for `{without}`; give it for \
-         all devices or for none, for cores of GPUs and of CPUs do not compare"
+        "cluster file {path}: `{field}` is given for `{with}` but not for `{without}`; give it for \
+         all devices or for none, for speeds in different measures do not compare"
     )]
-    MixedCores {
+    Mixed {
         /// The file.
         path: PathBuf,
+        /// The field of `capabilities`.
+        field: &'static str,
         /// A host that has it.
         with: String,
         /// A host that has not.
         without: String,
+    },
+    /// A link begins or ends at a device that is not there.
+    #[error(
+        "cluster file {path}, field `links[{index}].{end}`: no device is called `{name}`; expected a \
+         `hostname` or `device_id` of `devices`"
+    )]
+    UnknownLinkEnd {
+        /// The file.
+        path: PathBuf,
+        /// Position in `links`.
+        index: usize,
+        /// `from` or `to`.
+        end: &'static str,
+        /// What stands there.
+        name: String,
     },
     /// This host does not tell its memory.
     #[error("cannot find out this host's memory ({asked}): {cause}; name it in a --cluster file")]
@@ -355,24 +492,86 @@ impl ClusterFile {
             model_name: fields.model_name,
             model_parallel_size: fields.model_parallel_size,
             devices: fields.devices.unwrap_or_default(),
+            link: fields.link,
+            links: fields.links.unwrap_or_default(),
         };
-        file.check_cores()?;
+        file.check_measures()?;
+        file.check_links()?;
         Ok(file)
     }
 
-    /// Cores of GPUs and of CPUs are no common measure of speed.
-    fn check_cores(&self) -> Result<(), ClusterError> {
-        let stated = |entry: &&DeviceEntry| entry.capabilities.gpu_cores.is_some();
+    /// A measure of speed counts only if all devices have it: cores of GPUs and of CPUs do not compare,
+    /// nor do times with what is no time.
+    fn check_measures(&self) -> Result<(), ClusterError> {
+        self.check_all_or_none("gpu_cores", |stated| stated.gpu_cores.is_some())?;
+        self.check_all_or_none("memory_bandwidth_gb_s", |stated| {
+            stated.memory_bandwidth_gb_s.is_some()
+        })?;
+        self.check_all_or_none("compute_tflops", |stated| stated.compute_tflops.is_some())
+    }
+
+    fn check_all_or_none(
+        &self,
+        field: &'static str,
+        is_stated: fn(&Capabilities) -> bool,
+    ) -> Result<(), ClusterError> {
+        let stated = |entry: &&DeviceEntry| is_stated(&entry.capabilities);
         let with = self.devices.iter().find(stated);
         let without = self.devices.iter().find(|entry| !stated(entry));
         match (with, without) {
-            (Some(with), Some(without)) => Err(ClusterError::MixedCores {
+            (Some(with), Some(without)) => Err(ClusterError::Mixed {
                 path: self.path.clone(),
+                field,
                 with: with.names.hostname.clone(),
                 without: without.names.hostname.clone(),
             }),
             _ => Ok(()),
         }
+    }
+
+    fn check_links(&self) -> Result<(), ClusterError> {
+        for (index, link) in self.links.iter().enumerate() {
+            for (end, name) in [("from", &link.from), ("to", &link.to)] {
+                if !self.devices.iter().any(|entry| entry.names.include(name)) {
+                    return Err(ClusterError::UnknownLinkEnd {
+                        path: self.path.clone(),
+                        index,
+                        end,
+                        name: name.clone(),
+                    });
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// The links of a pipeline over these ranks, as the file states them; `None` if it says nothing of one
+    /// of them.
+    pub fn links(&self, ranks: &[RankDevice]) -> Option<LinkCosts> {
+        let pairs = ranks.windows(2);
+        let forward = pairs
+            .map(|pair| self.link(&pair[0], &pair[1]))
+            .collect::<Option<_>>()?;
+        let back = self.link(ranks.last()?, ranks.first()?)?;
+        Some(LinkCosts { forward, back })
+    }
+
+    fn link(&self, from: &RankDevice, to: &RankDevice) -> Option<LinkCost> {
+        if from.is_on_host_of(to) {
+            return Some(LOCAL_LINK);
+        }
+        let is_called = |rank: &RankDevice, name: &str| {
+            let entry = rank.entry.and_then(|entry| self.devices.get(entry));
+            entry.is_some_and(|entry| entry.names.include(name))
+        };
+        let named = self.links.iter().find(|link| {
+            let joins = |a: &str, b: &str| is_called(from, a) && is_called(to, b);
+            joins(&link.from, &link.to) || joins(&link.to, &link.from)
+        });
+        named
+            .map(|named| named.link)
+            .or(self.link)
+            .map(LinkFields::cost)
     }
 
     fn check_ranks(&self, found: usize) -> Result<(), ClusterError> {
@@ -425,6 +624,7 @@ impl DeviceEntry {
             max_model_bytes: stated
                 .max_recommended_model_size_gb
                 .map_or(probed.max_model_bytes, |max| Some(max.0)),
+            rates: stated.rates(),
         }
     }
 }
@@ -444,13 +644,17 @@ impl Names {
     fn matches(&self, profile: &DeviceProfile, one_host: bool) -> Option<Match> {
         let names = [self.hostname.as_str(), self.device_id.as_str()];
         let host = profile.hostname.as_str();
-        if names.iter().any(|name| name.eq_ignore_ascii_case(host)) {
+        if self.include(host) {
             Some(Match::Name)
         } else if names.iter().any(|name| same_first_label(name, host)) {
             Some(Match::FirstLabel)
         } else {
             (one_host && self.is_local()).then_some(Match::Local)
         }
+    }
+
+    fn include(&self, name: &str) -> bool {
+        self.hostname.eq_ignore_ascii_case(name) || self.device_id.eq_ignore_ascii_case(name)
     }
 
     fn is_local(&self) -> bool {
@@ -502,6 +706,7 @@ pub fn assign(
     let share = |profile: &DeviceProfile| RankDevice {
         profile: profile.clone(),
         sharers: count(gathered, |other| same_host(profile, other)),
+        entry: None,
     };
     Ok(gathered.iter().map(share).collect())
 }
@@ -542,6 +747,7 @@ fn assign_named(
         ranks.push(RankDevice {
             profile: file.devices[entry].over(profile),
             sharers,
+            entry: Some(entry),
         });
     }
     Ok(ranks)
@@ -593,7 +799,8 @@ pub fn describe(
         _ => Ok(vec![
             RankDevice {
                 profile: probed.clone(),
-                sharers: ranks
+                sharers: ranks,
+                entry: None,
             };
             ranks.get()
         ]),
@@ -614,6 +821,7 @@ impl ClusterFile {
             return Ok(RankDevice {
                 profile: entry.over(probed),
                 sharers,
+                entry: Some(index),
             });
         }
         let host = entry.names.hostname.clone();
@@ -621,6 +829,7 @@ impl ClusterFile {
             memory_gb,
             gpu_cores,
             max_recommended_model_size_gb,
+            ..
         } = entry.capabilities;
         let Some(memory) = memory_gb.or(max_recommended_model_size_gb) else {
             return Err(ClusterError::NoMemory {
@@ -642,8 +851,13 @@ impl ClusterFile {
             memory_bytes: memory.0,
             cores: cores.get().into(),
             max_model_bytes: max_recommended_model_size_gb.map(|max| max.0),
+            rates: entry.capabilities.rates(),
         };
-        Ok(RankDevice { profile, sharers })
+        Ok(RankDevice {
+            profile,
+            sharers,
+            entry: Some(index),
+        })
     }
 }
 
@@ -663,7 +877,14 @@ pub fn probe_local() -> Result<DeviceProfile, ClusterError> {
         memory_bytes: probe::memory_bytes()?,
         cores: probe::cores(),
         max_model_bytes: None,
+        rates: None,
     })
+}
+
+/// Memory of this host that is free or that the system would free for a program, in bytes; `None` where
+/// it does not tell.
+pub fn available_bytes() -> Option<u64> {
+    probe::available_bytes()
 }
 
 /// What every system tells without being asked specially.
@@ -703,6 +924,10 @@ mod probe {
         Ok(limits.fold(total_bytes, u64::min))
     }
 
+    pub(super) fn available_bytes() -> Option<u64> {
+        field_bytes(&fs::read_to_string(MEMINFO).ok()?, "MemAvailable:")
+    }
+
     pub(super) fn cores() -> u64 {
         let online = fs::read_to_string("/sys/devices/system/cpu/online").ok();
         online
@@ -712,9 +937,11 @@ mod probe {
 
     /// `MemTotal` of `/proc/meminfo`, which counts in KiB (proc_meminfo(5)).
     pub(super) fn total_bytes(meminfo: &str) -> Option<u64> {
-        let line = meminfo
-            .lines()
-            .find_map(|line| line.strip_prefix("MemTotal:"))?;
+        field_bytes(meminfo, "MemTotal:")
+    }
+
+    fn field_bytes(meminfo: &str, field: &str) -> Option<u64> {
+        let line = meminfo.lines().find_map(|line| line.strip_prefix(field))?;
         let kibibytes: u64 = line.trim().strip_suffix("kB")?.trim().parse().ok()?;
         kibibytes.checked_mul(1024).filter(|bytes| *bytes > 0)
     }
@@ -797,6 +1024,10 @@ mod probe {
     pub(super) fn cores() -> u64 {
         super::available_cores()
     }
+
+    pub(super) fn available_bytes() -> Option<u64> {
+        None
+    }
 }
 
 /// Other systems do not tell.
@@ -814,6 +1045,10 @@ mod probe {
 
     pub(super) fn cores() -> u64 {
         super::available_cores()
+    }
+
+    pub(super) fn available_bytes() -> Option<u64> {
+        None
     }
 }
 

@@ -2,19 +2,23 @@
 
 use crate::agree::{self, Usage};
 use crate::cli::{self, PlanOptions};
-use crate::cluster::{self, ClusterFile};
+use crate::cluster::{self, ClusterFile, RankDevice};
+use crate::cost_store::{CostStore, Seat};
 use crate::hub::{self, Found};
 use crate::log::tell;
-use crate::model::ModelFiles;
-use crate::plan::{self, WireDtype};
-use crate::planning;
+use crate::model::Outline;
+use crate::plan::{self, Costs, ModelShape, Plan, WireDtype};
+use crate::planning::{self, Question};
 use anyhow::{Result, bail};
 use std::io::Write;
 use std::num::NonZeroUsize;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
-/// Prints the plan and the memory report.
+/// Each host is left out in turn, which means as many plans; with more hosts than this nobody waits for that.
+const MOST_HOSTS_TO_DOUBT: usize = 32;
+
+/// Prints the plan, the memory report and what is predicted.
 ///
 /// # Errors
 /// No model, a bad cluster file, or nothing that fits.
@@ -24,19 +28,96 @@ pub fn plan(options: &PlanOptions) -> Result<()> {
         .map(ClusterFile::read)
         .transpose()
         .map_err(Usage::of)?;
-    let files = ModelFiles::open(&find_model(options, file.as_ref())?)?;
+    let files = Outline::open(&find_model(options, file.as_ref())?)?;
     let ranks = options
         .ranks
         .map(|count| count as usize)
         .and_then(NonZeroUsize::new);
     let ranks =
         cluster::describe(file.as_ref(), ranks, &cluster::probe_local()?).map_err(Usage::of)?;
-    let plan = planning::make_plan(&options.model, &ranks, &files, WireDtype::F32)?;
+    let tied = options.model.tied.into();
+    let (wire_dtype, costs) = calibrated(&ranks, |wire_dtype| files.shape(wire_dtype, tied));
+    let question = Question {
+        options: &options.model,
+        cluster: file.as_ref(),
+        ranks: &ranks,
+        shape: &files.shape(wire_dtype, tied),
+        longest_context_tokens: files.longest_context_tokens(),
+        wire_dtype,
+        costs: costs.as_ref(),
+    };
+    if options.what_if {
+        return print(&what_if(&question)?);
+    }
+    let plan = question.plan()?;
     print(&format!(
-        "{}\n{}",
+        "{}\n{}\n{}{}",
         plan::plan_table(&plan),
-        plan::memory_table(&plan)
+        plan::memory_table(&plan),
+        plan::outlook(
+            &plan,
+            &plan.shape_of(question.shape),
+            question.longest_context_tokens
+        ),
+        hosts_that_slow_down(&question, &plan)?
     ))
+}
+
+/// What a run from this host has measured of these ranks, and the dtype that it ran in; f32 and nothing if
+/// there was none. What the hosts compute on is known from there only.
+fn calibrated(
+    ranks: &[RankDevice],
+    shape: impl Fn(WireDtype) -> ModelShape,
+) -> (WireDtype, Option<Costs>) {
+    let runs = [
+        ("gpu", WireDtype::Bf16),
+        ("gpu", WireDtype::F16),
+        ("gpu", WireDtype::F32),
+        ("cpu", WireDtype::F32),
+    ];
+    let found = runs.into_iter().find_map(|(device, wire_dtype)| {
+        let seat = |rank: &RankDevice| Seat {
+            host: rank.profile.hostname.clone(),
+            device: device.to_owned(),
+        };
+        let seats: Vec<Seat> = ranks.iter().map(seat).collect();
+        let costs = CostStore::of(&shape(wire_dtype), wire_dtype)?.find(&seats)?;
+        Some((wire_dtype, Some(costs)))
+    });
+    found.unwrap_or((WireDtype::F32, None))
+}
+
+/// The plans for the first device only, the first two, and so on.
+fn what_if(question: &Question) -> Result<String> {
+    let plans = (1..=question.ranks.len()).map(|ranks| {
+        let kept: Vec<usize> = (0..ranks).collect();
+        Ok((ranks, question.plan_of(&kept)?))
+    });
+    Ok(plan::what_if_table(&plans.collect::<Result<Vec<_>>>()?))
+}
+
+/// A line for each host without which the others were faster; empty if there is none.
+fn hosts_that_slow_down(question: &Question, plan: &Plan) -> Result<String> {
+    let mut lines = String::new();
+    let hosts = cluster::ranks_by_host(question.ranks);
+    if hosts.len() > MOST_HOSTS_TO_DOUBT {
+        return Ok(lines);
+    }
+    for (host, its_ranks) in &hosts {
+        let all = 0..question.ranks.len();
+        let kept: Vec<usize> = all.filter(|rank| !its_ranks.contains(rank)).collect();
+        if kept.is_empty() {
+            continue;
+        }
+        // Others that cannot hold the model alone are no alternative.
+        let Ok(fewer) = question.plan_of(&kept)? else {
+            continue;
+        };
+        if let Some(gain) = plan::gain_of_fewer(plan, &fewer) {
+            lines += &plan::without_line(host, gain, &fewer);
+        }
+    }
+    Ok(lines)
 }
 
 /// The model's directory, without a download: a plan is a question, not an order.
@@ -75,7 +156,7 @@ pub fn import(gguf: &Path, out_dir: &Path) -> Result<()> {
 }
 
 /// Writes to standard output. That its reader has seen enough, as with `| head`, is no error.
-fn print(text: &str) -> Result<()> {
+pub fn print(text: &str) -> Result<()> {
     match std::io::stdout().write_all(text.as_bytes()) {
         Err(error) if error.kind() != std::io::ErrorKind::BrokenPipe => {
             Err(anyhow::Error::new(error).context("writing to standard output"))

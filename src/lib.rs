@@ -13,15 +13,19 @@
 //! 6. The last rank's [`sampler`] picks a token; rank 0 makes text of it and writes the answer.
 //! 7. [`report`] tells what it cost.
 //!
-//! Apart from this route: [`import`] makes checkpoints of GGUF files, [`hub`] finds and downloads them.
+//! Apart from this route: [`calibrate`] measures what the plan calculates with and [`cost_store`] keeps it;
+//! [`doctor`] looks at hosts and links before a run; [`import`] makes checkpoints of GGUF files, [`hub`] finds and downloads them.
 #![deny(missing_docs)]
 
 pub mod agree;
 pub mod bounded_file;
+pub mod calibrate;
 pub mod checkpoint;
 pub mod cli;
 pub mod cluster;
 pub mod commands;
+pub mod cost_store;
+pub mod doctor;
 pub mod handover;
 pub mod hub;
 pub mod import;

@@ -2,8 +2,9 @@
 //! can watch for signals meanwhile, and never further ahead than a bounded channel holds.
 
 use crate::pipeline::{Feed, Next, Then};
+use crate::plan::RequestTimes;
 use crate::progress::Progress;
-use crate::report::Measured;
+use crate::report::{Measured, RequestMeasured};
 use crate::request::{
     AnswerWriter, FinishReason, LineError, ReadError, Rejection, RejectionCode, Request,
     RequestReader, Sampling, Written,
@@ -114,12 +115,14 @@ impl<'r, W: Write> Prompts<'r, W> {
         let sequence = current.sequence;
         let last_token = Instant::now();
         let first_token = current.first_token.unwrap_or(last_token);
-        self.measured.prompt_tokens += sequence.prompt_tokens();
-        self.measured.sampled_tokens += sequence.sampled_tokens();
-        self.measured
-            .first_token_s
-            .push((first_token - current.admitted).as_secs_f64());
-        self.measured.decode_s += (last_token - first_token).as_secs_f64();
+        self.measured.requests.push(RequestMeasured {
+            prompt_tokens: sequence.prompt_tokens(),
+            sampled_tokens: sequence.sampled_tokens(),
+            times: RequestTimes {
+                first_token_s: (first_token - current.admitted).as_secs_f64(),
+                decode_s: (last_token - first_token).as_secs_f64(),
+            },
+        });
         let request = sequence.request().clone();
         match sequence.finish(reason) {
             Ok(answer) => self.writer.answer(answer)?,

@@ -1,11 +1,15 @@
 //! What a run did: counted on each rank, gathered, printed by rank 0 as a table and as JSON.
 
-use crate::plan::Plan;
+use crate::plan::{Plan, RequestTimes, Stage};
 use crate::request::Written;
 use serde::{Deserialize, Serialize};
 use serde_json::json;
 use std::fmt::Write;
 use std::time::Duration;
+
+/// What a rank's process may hold at most beside its planned weights and cache: program and libraries,
+/// tokenizer, activations, and what MLX keeps to use again.
+pub const PEAK_ALLOWANCE_BYTES: u64 = 150_000_000;
 
 /// Time and bytes that one rank spent in the loop.
 #[derive(Debug, Clone, Copy, Default)]
@@ -31,6 +35,8 @@ pub struct RankReport {
     pub loaded_bytes: u64,
     /// Most memory that the process ever had resident, in bytes, by the kernel's count.
     pub peak_rss_bytes: u64,
+    /// Most bytes that MLX ever held in arrays; on a GPU the kernel's count does not see them.
+    pub peak_array_bytes: u64,
     /// Seconds from the start of the process to its slice being ready.
     pub load_s: f64,
     /// Seconds computing.
@@ -54,40 +60,72 @@ impl RankReport {
     }
 }
 
-/// What rank 0 measured over all requests.
+/// What rank 0 measured of one request.
+#[derive(Debug, Clone, Copy, Default, PartialEq)]
+pub struct RequestMeasured {
+    /// Tokens of the prompt.
+    pub prompt_tokens: usize,
+    /// Tokens sampled.
+    pub sampled_tokens: usize,
+    /// Seconds from its admission to its first token, and from there to its last.
+    pub times: RequestTimes,
+}
+
+/// What rank 0 measured over all answered requests.
 #[derive(Debug, Clone, Default)]
 pub struct Measured {
-    /// Prompt tokens of all answered requests.
-    pub prompt_tokens: usize,
-    /// Sampled tokens of all answered requests.
-    pub sampled_tokens: usize,
-    /// For every request, seconds from its admission to its first token.
-    pub first_token_s: Vec<f64>,
-    /// Seconds between first and last tokens, summed over the requests.
-    pub decode_s: f64,
+    /// In the order of their answers.
+    pub requests: Vec<RequestMeasured>,
 }
 
 impl Measured {
-    /// Seconds in which there was a sequence to work on: one at a time.
-    fn active_s(&self) -> f64 {
-        self.first_token_s.iter().sum::<f64>() + self.decode_s
+    fn prompt_tokens(&self) -> usize {
+        self.requests.iter().map(|one| one.prompt_tokens).sum()
     }
 
+    fn sampled_tokens(&self) -> usize {
+        self.requests.iter().map(|one| one.sampled_tokens).sum()
+    }
+
+    fn pace(&self) -> Pace {
+        Pace::of(self, self.requests.iter().map(|one| one.times))
+    }
+
+    /// What the plan predicts for these requests; `None` where it knows no costs.
+    fn predicted(&self, plan: &Plan, prefill_chunk: u64) -> Option<Pace> {
+        let tokens = |one: &RequestMeasured| (one.prompt_tokens as u64, one.sampled_tokens as u64);
+        let requests: Vec<(u64, u64)> = self.requests.iter().map(tokens).collect();
+        let times = plan.predict_run(&requests, prefill_chunk)?;
+        Some(Pace::of(self, times.into_iter()))
+    }
+}
+
+/// How fast requests were answered, or were predicted to be.
+#[derive(Debug, Clone, Copy)]
+struct Pace {
     /// Median seconds to the first token; 0 without requests.
-    fn time_to_first_token_s(&self) -> f64 {
-        let mut sorted = self.first_token_s.clone();
-        sorted.sort_by(f64::total_cmp);
-        sorted.get(sorted.len() / 2).copied().unwrap_or(0.0)
-    }
-
-    fn prefill_tokens_per_s(&self) -> f64 {
-        ratio(self.prompt_tokens as f64, self.first_token_s.iter().sum())
-    }
-
+    time_to_first_token_s: f64,
+    prefill_tokens_per_s: f64,
     /// Tokens after the first of each request, over the time that they took.
-    fn decode_tokens_per_s(&self) -> f64 {
-        let later = self.sampled_tokens.saturating_sub(self.first_token_s.len());
-        ratio(later as f64, self.decode_s)
+    decode_tokens_per_s: f64,
+    /// Seconds in which there was a sequence to work on: one at a time.
+    active_s: f64,
+}
+
+impl Pace {
+    fn of(measured: &Measured, times: impl Iterator<Item = RequestTimes>) -> Self {
+        let times: Vec<RequestTimes> = times.collect();
+        let mut sorted: Vec<f64> = times.iter().map(|one| one.first_token_s).collect();
+        sorted.sort_by(f64::total_cmp);
+        let prefill_s: f64 = sorted.iter().sum();
+        let decode_s: f64 = times.iter().map(|one| one.decode_s).sum();
+        let later = measured.sampled_tokens().saturating_sub(times.len());
+        Self {
+            time_to_first_token_s: sorted.get(sorted.len() / 2).copied().unwrap_or(0.0),
+            prefill_tokens_per_s: ratio(measured.prompt_tokens() as f64, prefill_s),
+            decode_tokens_per_s: ratio(later as f64, decode_s),
+            active_s: prefill_s + decode_s,
+        }
     }
 }
 
@@ -102,13 +140,15 @@ pub struct Report<'a> {
     pub measured: Measured,
     /// What was written.
     pub written: Written,
+    /// Most prompt tokens in one step, for the prediction.
+    pub prefill_chunk: u64,
 }
 
 impl Report<'_> {
     /// Share of all ranks' time in which they did not compute, while there was something to do.
     fn idle_share(&self) -> f64 {
         let busy: f64 = self.ranks.iter().map(|rank| rank.busy_s).sum();
-        let whole = self.measured.active_s() * self.ranks.len() as f64;
+        let whole = self.measured.pace().active_s * self.ranks.len() as f64;
         if whole == 0.0 {
             0.0
         } else {
@@ -150,6 +190,8 @@ impl Report<'_> {
                     "planned_bytes": stage.footprint.weights_bytes(),
                     "loaded_bytes": report.loaded_bytes,
                     "peak_rss_bytes": report.peak_rss_bytes,
+                    "peak_array_bytes": report.peak_array_bytes,
+                    "over_plan_bytes": over_plan_bytes(report, stage),
                     "busy_s": report.busy_s,
                     "wait_s": report.wait_s,
                     "wire_s": report.wire_s,
@@ -158,18 +200,20 @@ impl Report<'_> {
                 })
             })
             .collect();
+        let pace = self.measured.pace();
         json!({
             "schema": 1,
             "digest": self.written.digest,
             "answered": self.written.tally.answered,
             "failed": self.written.tally.failed,
-            "prompt_tokens": self.measured.prompt_tokens,
-            "sampled_tokens": self.measured.sampled_tokens,
+            "prompt_tokens": self.measured.prompt_tokens(),
+            "sampled_tokens": self.measured.sampled_tokens(),
             "load_s": self.load_s(),
-            "time_to_first_token_s": self.measured.time_to_first_token_s(),
-            "prefill_tokens_per_s": self.measured.prefill_tokens_per_s(),
-            "decode_tokens_per_s": self.measured.decode_tokens_per_s(),
+            "time_to_first_token_s": pace.time_to_first_token_s,
+            "prefill_tokens_per_s": pace.prefill_tokens_per_s,
+            "decode_tokens_per_s": pace.decode_tokens_per_s,
             "idle_share": self.idle_share(),
+            "prediction": self.prediction_json(),
             "model_bytes": self.plan.model_bytes,
             "loaded_bytes": self.loaded_bytes(),
             "memory_saved_bytes": self.memory_saved_bytes(),
@@ -186,24 +230,68 @@ impl Report<'_> {
         })
     }
 
+    /// What the plan predicted for these very requests, and by what share the run took longer; null where
+    /// the plan knows no costs.
+    fn prediction_json(&self) -> serde_json::Value {
+        let Some(predicted) = self.measured.predicted(self.plan, self.prefill_chunk) else {
+            return serde_json::Value::Null;
+        };
+        let measured = self.measured.pace();
+        json!({
+            "source": self.plan.times.name(),
+            "time_to_first_token_s": predicted.time_to_first_token_s,
+            "prefill_tokens_per_s": predicted.prefill_tokens_per_s,
+            "decode_tokens_per_s": predicted.decode_tokens_per_s,
+            "idle_share": self.predicted_idle_share(),
+            "error": {
+                "time_to_first_token":
+                    error(measured.time_to_first_token_s, predicted.time_to_first_token_s),
+                "prefill": error(measured.prefill_tokens_per_s, predicted.prefill_tokens_per_s),
+                "decode": error(measured.decode_tokens_per_s, predicted.decode_tokens_per_s),
+            },
+        })
+    }
+
+    fn predicted_idle_share(&self) -> Option<f64> {
+        let requests = self.measured.requests.len().max(1);
+        let prompt_tokens = (self.measured.prompt_tokens() / requests) as u64;
+        let predicted = self.plan.predict(prompt_tokens, self.prefill_chunk)?;
+        Some(predicted.idle_share_one)
+    }
+
     /// The report for people, at most 80 columns wide.
     pub fn to_table(&self) -> String {
         let mut table = String::new();
         let mut line = |text: String| {
             let _ = writeln!(table, "{text}");
         };
-        line("rank  layers    loaded  peak RSS      busy      wait      wire      sent".into());
+        line("sizes in GB = 1e9 bytes; over = peak less planned weights and cache, in MB".into());
+        line(
+            "rank  layers  planned  loaded   peak  over   busy s   wait s  wire s  sent MB".into(),
+        );
         for (rank, (report, stage)) in self.ranks.iter().zip(&self.plan.stages).enumerate() {
             let layers = format!("{}-{}", stage.layers.start, stage.layers.end - 1);
             line(format!(
-                "{rank:>4}  {layers:>6}  {:>8}  {:>8}  {:>6.2} s  {:>6.2} s  {:>6.3} s  {:>8}",
-                gigabytes(report.loaded_bytes),
-                gigabytes(report.peak_rss_bytes),
+                "{rank:>4}  {layers:>6}  {:>7.3}  {:>6.3}  {:>5.3}  {:>4}  {:>7.2}  {:>7.2}  {:>6.3}  {:>7.2}",
+                stage.footprint.weights_bytes() as f64 / 1e9,
+                report.loaded_bytes as f64 / 1e9,
+                peak_bytes(report) as f64 / 1e9,
+                over_plan_bytes(report, stage) / 1_000_000,
                 report.busy_s,
                 report.wait_s,
                 report.wire_s,
-                megabytes(report.sent_bytes),
+                report.sent_bytes as f64 / 1e6,
             ));
+        }
+        for (rank, (report, stage)) in self.ranks.iter().zip(&self.plan.stages).enumerate() {
+            let over = over_plan_bytes(report, stage);
+            if over > PEAK_ALLOWANCE_BYTES as i64 {
+                line(format!(
+                    "rank {rank} held {} MB more than planned; up to {} MB are expected",
+                    over / 1_000_000,
+                    PEAK_ALLOWANCE_BYTES / 1_000_000
+                ));
+            }
         }
         line(format!(
             "loaded {} in {:.2} s; a copy of the model on every rank would be {}",
@@ -217,22 +305,74 @@ impl Report<'_> {
             tally.answered, tally.failed
         ));
         if tally.answered > 0 {
+            let pace = measured.pace();
             line(format!(
                 "{} prompt tokens at {:.1}/s, {} sampled at {:.1}/s; time to first token {:.0} ms (median)",
-                measured.prompt_tokens,
-                measured.prefill_tokens_per_s(),
-                measured.sampled_tokens,
-                measured.decode_tokens_per_s(),
-                measured.time_to_first_token_s() * 1e3,
+                measured.prompt_tokens(),
+                pace.prefill_tokens_per_s,
+                measured.sampled_tokens(),
+                pace.decode_tokens_per_s,
+                pace.time_to_first_token_s * 1e3,
             ));
+            if let Some(predicted) = measured.predicted(self.plan, self.prefill_chunk) {
+                line(prediction_line(self.plan, pace, predicted));
+            }
+            let predicted = self
+                .predicted_idle_share()
+                .map_or_else(String::new, |share| {
+                    format!(", predicted {:.0} %", share * 100.0)
+                });
             line(format!(
-                "stages idle {:.0} % of the time",
+                "stages idle {:.0} % of the time{predicted}",
                 self.idle_share() * 100.0
             ));
         }
         line(format!("digest {}", self.written.digest));
         table
     }
+}
+
+/// Prediction beside measurement: the same figures as the line above it, each with what the run was off by.
+fn prediction_line(plan: &Plan, measured: Pace, predicted: Pace) -> String {
+    let off = |measured: f64, predicted: f64| match error(measured, predicted) {
+        Some(error) => format!(" ({:+.0} %)", error * 100.0),
+        None => String::new(),
+    };
+    format!(
+        "predicted ({}): prompts at {:.1}/s{}, sampled at {:.1}/s{}, first token {:.0} ms{}",
+        plan.times.name(),
+        predicted.prefill_tokens_per_s,
+        off(
+            measured.prefill_tokens_per_s,
+            predicted.prefill_tokens_per_s
+        ),
+        predicted.decode_tokens_per_s,
+        off(measured.decode_tokens_per_s, predicted.decode_tokens_per_s),
+        predicted.time_to_first_token_s * 1e3,
+        off(
+            measured.time_to_first_token_s,
+            predicted.time_to_first_token_s
+        ),
+    )
+}
+
+/// By what share the measured figure is above the predicted one; `None` if there is nothing to compare.
+fn error(measured: f64, predicted: f64) -> Option<f64> {
+    (measured > 0.0 && predicted > 0.0).then(|| measured / predicted - 1.0)
+}
+
+/// Most memory of a rank: by the kernel's count, and on a GPU by MLX's where that is more.
+fn peak_bytes(report: &RankReport) -> u64 {
+    match report.device.as_str() {
+        "gpu" => report.peak_array_bytes,
+        _ => report.peak_rss_bytes,
+    }
+}
+
+/// Peak memory less what the plan has counted, weights and whole cache; negative where a short run has not
+/// filled its cache.
+fn over_plan_bytes(report: &RankReport, stage: &Stage) -> i64 {
+    peak_bytes(report) as i64 - stage.footprint.total_bytes() as i64
 }
 
 /// Most memory that this process ever had resident, in bytes.
@@ -254,8 +394,4 @@ fn ratio(part: f64, whole: f64) -> f64 {
 
 fn gigabytes(bytes: u64) -> String {
     format!("{:.3} GB", bytes as f64 / 1e9)
-}
-
-fn megabytes(bytes: u64) -> String {
-    format!("{:.2} MB", bytes as f64 / 1e6)
 }

@@ -2,15 +2,17 @@
 //! and differs only by its place in the plan.
 
 use crate::agree::{self, Failure, KnownTo, Usage};
+use crate::calibrate;
 use crate::checkpoint::Consumed;
 use crate::cli::{self, RunOptions};
 use crate::cluster::{self, ClusterFile, DeviceProfile};
+use crate::cost_store::{CostStore, Seat};
 use crate::handover;
 use crate::hub::{self, Found};
 use crate::log::{RankFormat, tell};
 use crate::model::ModelFiles;
 use crate::pipeline::{Rows, Worker};
-use crate::plan::{self, Lookup, Plan, WireDtype};
+use crate::plan::{self, Costs, Lookup, Plan, WireDtype};
 use crate::planning;
 use crate::progress::Progress;
 use crate::prompts::{self, Prompts};
@@ -28,7 +30,7 @@ use anyhow::{Context, Result, anyhow, bail};
 use serde::{Deserialize, Serialize};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
-use tracing::info;
+use tracing::{info, warn};
 
 /// How long the ranks wait for each other to say who they are. Later waits have no limit: a download or a
 /// slow disk takes as long as it takes, and MPI notices a rank that has died.
@@ -36,22 +38,28 @@ const MEETING_LIMIT: Duration = Duration::from_secs(120);
 
 /// Generates for every prompt on standard input. Returns the exit status of the program.
 pub fn run(options: &RunOptions) -> u8 {
-    let started = Instant::now();
-    let joined = wait::end_on_signals().and_then(|()| MpiTransport::start());
-    let mut transport = match joined {
-        Ok(transport) => transport,
-        Err(error) => {
-            tell(&format!("mlx-pipe: {error:#}\n"));
-            return 1;
-        }
+    let (mut transport, started) = match join(options.verbose) {
+        Ok(joined) => joined,
+        Err(status) => return status,
     };
-    let rank = transport.rank();
-    end_job_on_panic(rank);
-    log_to_stderr(options.verbose, rank, started);
     match generate(options, &mut transport, started) {
         Ok(status) => status,
-        Err(failure) => end(failure, rank),
+        Err(failure) => end(failure, transport.rank()),
     }
+}
+
+/// Joins the other ranks, and sees to it that no failure of this one leaves them waiting. Also when that
+/// began; or the exit status, if MPI cannot be started.
+pub fn join(verbose: u8) -> Result<(MpiTransport, Instant), u8> {
+    let started = Instant::now();
+    let joined = wait::end_on_signals().and_then(|()| MpiTransport::start());
+    let transport = joined.map_err(|error| {
+        tell(&format!("mlx-pipe: {error:#}\n"));
+        1
+    })?;
+    end_job_on_panic(transport.rank());
+    log_to_stderr(verbose, transport.rank(), started);
+    Ok((transport, started))
 }
 
 /// The route of a run.
@@ -64,7 +72,8 @@ fn generate(
     let cluster = Cluster::meet(options, transport)?;
     let files = open_model(options, &cluster, transport)?;
     compare_files(&cluster, &files, transport)?;
-    let plan = make_plan(options, &cluster, &files);
+    let costs = costs(options, &cluster, &files, transport)?;
+    let plan = make_plan(options, &cluster, &files, costs.as_ref());
     let plan = agree::all_succeeded(transport, plan)?;
     compare_plans(&cluster, &plan, transport)?;
     let rules = rules(options, &files, &plan, rank);
@@ -88,6 +97,7 @@ fn generate(
     };
     report = report.with_counters(worker.counters);
     report.peak_rss_bytes = report::peak_rss_bytes();
+    report.peak_array_bytes = stage::peak_array_bytes();
     let ranks = agree::gather(transport, Ok(report), None)?;
     match outcome {
         None => Ok(0),
@@ -97,6 +107,7 @@ fn generate(
                 ranks,
                 measured,
                 written,
+                prefill_chunk: options.prefill_chunk.into(),
             };
             publish(options, &report)?;
             Ok(exit_status(report.written.tally))
@@ -209,6 +220,15 @@ impl Cluster {
         }
     }
 
+    /// Where each rank computes.
+    fn seats(&self) -> Vec<Seat> {
+        let seat = |place: &Place| Seat {
+            host: place.host().to_owned(),
+            device: place.device.clone(),
+        };
+        self.ranks.iter().map(seat).collect()
+    }
+
     /// A value of each rank, with the rank's host.
     fn by_host<'a>(&'a self, values: &'a [String]) -> impl Iterator<Item = (&'a str, &'a str)> {
         let hosts = self.ranks.iter().map(Place::host);
@@ -300,14 +320,62 @@ fn compare_files(
     agree::same_on_all("weights", cluster.by_host(&tensors), copy)
 }
 
-fn make_plan(options: &RunOptions, cluster: &Cluster, files: &ModelFiles) -> Result<Plan> {
+/// What the hosts and links cost: measured now if asked for, else what an earlier calibration has left on
+/// rank 0's host, if it knows all of them.
+fn costs(
+    options: &RunOptions,
+    cluster: &Cluster,
+    files: &ModelFiles,
+    transport: &mut MpiTransport,
+) -> Result<Option<Costs>, Failure> {
+    let wire_dtype = cluster.wire_dtype(files);
+    let shape = files.shape(wire_dtype, options.model.tied.into());
+    let store = match transport.rank() {
+        0 => CostStore::of(&shape, wire_dtype),
+        _ => None,
+    };
+    let seats = cluster.seats();
+    if !options.calibrate {
+        let kept = store.and_then(|store| store.find(&seats));
+        let kept = agree::gather(transport, Ok(kept), None)?;
+        return Ok(kept.into_iter().next().flatten());
+    }
+    let question = calibrate::Question {
+        hosts: &cluster.ranks.iter().map(Place::host).collect::<Vec<_>>(),
+        files,
+        shape: &shape,
+        wire_dtype,
+    };
+    let costs = calibrate::measure(&question, transport)?;
+    if let Some(Err(error)) = store.map(|store| store.keep(&seats, &costs)) {
+        warn!("{error:#}");
+    }
+    Ok(Some(costs))
+}
+
+fn make_plan(
+    options: &RunOptions,
+    cluster: &Cluster,
+    files: &ModelFiles,
+    costs: Option<&Costs>,
+) -> Result<Plan> {
     let profiles: Vec<DeviceProfile> = cluster
         .ranks
         .iter()
         .map(|place| place.profile.clone())
         .collect();
     let ranks = cluster::assign(cluster.file.as_ref(), &profiles).map_err(Usage::of)?;
-    planning::make_plan(&options.model, &ranks, files, cluster.wire_dtype(files))
+    let wire_dtype = cluster.wire_dtype(files);
+    let question = planning::Question {
+        options: &options.model,
+        cluster: cluster.file.as_ref(),
+        ranks: &ranks,
+        shape: &files.shape(wire_dtype, options.model.tied.into()),
+        longest_context_tokens: files.longest_context_tokens(),
+        wire_dtype,
+        costs,
+    };
+    question.plan()
 }
 
 fn compare_plans(
@@ -457,7 +525,7 @@ fn exit_status(tally: Tally) -> u8 {
 }
 
 /// Says what went wrong and ends this rank, and if need be the others. Returns the exit status.
-fn end(failure: Failure, rank: usize) -> u8 {
+pub fn end(failure: Failure, rank: usize) -> u8 {
     let error = &failure.error;
     let interrupted = error.downcast_ref::<Interrupted>();
     let status = match interrupted {

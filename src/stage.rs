@@ -5,14 +5,15 @@
 
 use crate::checkpoint::{Checkpoint, Consumed};
 use crate::model::{
-    Architecture, HeadSpec, KvShape, Layer, LayerCache, Linear, ModelFiles, RmsNorm, Rope, Span,
-    Weights,
+    Architecture, HeadSpec, KvShape, Layer, LayerCache, Linear, LinearSpec, ModelFiles, RmsNorm,
+    Rope, Span, Weights,
 };
 use crate::pipeline::Compute;
 use crate::plan::{self, Role, WireDtype};
 use crate::wire::Step;
 use anyhow::{Context, Result, bail, ensure};
-use mlx_rs::{Array, Device, DeviceType, Dtype};
+use mlx_rs::ops::zeros_dtype;
+use mlx_rs::{Array, Device, DeviceType, Dtype, memory};
 use std::collections::HashMap;
 
 /// What a stage's rows are made of.
@@ -89,15 +90,84 @@ impl Stage {
             hidden_size: architecture.hidden_size,
             vocab_size: architecture.vocab_size,
             is_tied: architecture.head == HeadSpec::Tied,
-            kv_shape: KvShape {
-                kv_head_count: architecture.family.kv_head_count as i32,
-                head_dim: architecture.family.head_dim as i32,
-                dtype: activation_dtype,
-            },
+            kv_shape: kv_shape(architecture, activation_dtype),
             wire_dtype: activation_dtype,
             caches: HashMap::new(),
         };
         Ok((loaded, consumed))
+    }
+
+    /// A stage of made-up weights in the shapes of the model's, to time: its first `layers`, or, with
+    /// `head_rows`, final norm and that many rows of the head too. Loads nothing.
+    ///
+    /// # Errors
+    /// MLX cannot make the arrays.
+    pub fn made_up(
+        files: &ModelFiles,
+        layers: usize,
+        head_rows: Option<usize>,
+        wire_dtype: WireDtype,
+    ) -> Result<Self> {
+        let architecture = &files.architecture;
+        let dtype = to_mlx(wire_dtype);
+        let mut weights = Weights::made_up(&files.checkpoint, dtype);
+        let layers = architecture.layers[..layers.min(architecture.layers.len())]
+            .iter()
+            .map(|spec| Layer::load(architecture, spec, &mut weights))
+            .collect::<Result<Vec<_>>>()?;
+        let head = match &architecture.head {
+            HeadSpec::Own(spec) => spec,
+            HeadSpec::Tied => &architecture.embed_tokens,
+        };
+        let outlet = match head_rows {
+            None => Outlet::Downstream,
+            Some(rows) => {
+                let head = LinearSpec {
+                    outputs: rows,
+                    ..head.clone()
+                };
+                Outlet::Head {
+                    norm: RmsNorm::load(
+                        &architecture.norm,
+                        architecture.rms_norm_eps,
+                        &mut weights,
+                    )?,
+                    projection: Linear::load(&head, &mut weights)?,
+                }
+            }
+        };
+        Ok(Self {
+            inlet: Inlet::Upstream,
+            layers,
+            outlet,
+            rope: Rope::new(architecture),
+            hidden_size: architecture.hidden_size,
+            vocab_size: head_rows.unwrap_or(0),
+            is_tied: false,
+            kv_shape: kv_shape(architecture, dtype),
+            wire_dtype: dtype,
+            caches: HashMap::new(),
+        })
+    }
+
+    /// Makes the cache of a slot hold this many tokens, all of them zeros, as if they had been computed.
+    ///
+    /// # Errors
+    /// MLX cannot make the arrays.
+    pub fn pretend_cached(&mut self, slot: u32, tokens: usize) -> Result<()> {
+        let shape = self.kv_shape;
+        let dims = [1, shape.kv_head_count, tokens as i32, shape.head_dim];
+        let zeros = zeros_dtype(&dims, shape.dtype)?;
+        let caches = (0..self.layers.len()).map(|_| {
+            let mut cache = LayerCache::new(shape)?;
+            let (keys, values) = cache.extend(&zeros, &zeros)?;
+            keys.eval()?;
+            values.eval()?;
+            Ok(cache)
+        });
+        let caches = caches.collect::<Result<_>>()?;
+        self.caches.insert(slot, caches);
+        Ok(())
     }
 
     /// The caches of the step's entries, cut back to where each entry starts. They are put back after
@@ -310,6 +380,20 @@ fn load_ends(
         },
     };
     Ok((inlet, outlet))
+}
+
+fn kv_shape(architecture: &Architecture, dtype: Dtype) -> KvShape {
+    KvShape {
+        kv_head_count: architecture.family.kv_head_count as i32,
+        head_dim: architecture.family.head_dim as i32,
+        dtype,
+    }
+}
+
+/// Most bytes that MLX ever held in arrays in this process: on a GPU the measure of memory, where the
+/// kernel's count does not see it.
+pub fn peak_array_bytes() -> u64 {
+    memory::peak_memory().map_or(0, |bytes| bytes as u64)
 }
 
 /// Where each entry's rows stand.

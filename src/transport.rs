@@ -118,6 +118,20 @@ impl MpiTransport {
         mpi::environment::processor_name().unwrap_or_else(|_| "unknown host".into())
     }
 
+    /// Name and version of the MPI library: the first line of what it says of itself.
+    pub fn library() -> String {
+        let text = mpi::environment::library_version().unwrap_or_default();
+        // Open MPI goes on with where and when it was built.
+        let line = text.lines().next().unwrap_or_default();
+        let name = line.split(", package").next().unwrap_or(line);
+        name.trim_end_matches('\0').trim().to_owned()
+    }
+
+    /// The threading level that MPI granted.
+    pub fn threading() -> String {
+        format!("{:?}", mpi::environment::threading_support())
+    }
+
     /// Drops the requests that have completed.
     fn reap(&mut self) {
         self.sending.retain_mut(|request| !request.is_complete());

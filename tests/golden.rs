@@ -8,7 +8,7 @@ use common::{Golden, GoldenPrompt, cuts, golden_cases};
 use mlx_pipe::model::ModelFiles;
 use mlx_pipe::pipeline::Compute;
 use mlx_pipe::plan::{
-    Device, LayerRanges, Plan, PlanRequest, Strategy, TiedTable, WireDtype, plan,
+    Device, LayerRanges, Plan, PlanRequest, Strategy, TiedTable, TimeSource, WireDtype, plan,
 };
 use mlx_pipe::stage::{DeviceChoice, Output, Stage, use_device};
 use mlx_pipe::wire::{Entry, SampleParams, Step};
@@ -81,6 +81,7 @@ fn plan_of(files: &ModelFiles, cut: &[std::ops::Range<usize>]) -> Plan {
             name: "here".into(),
             memory_limit_bytes: 1 << 40,
             speed: 1,
+            cost: None,
         };
         cut.len()
     ];
@@ -91,6 +92,8 @@ fn plan_of(files: &ModelFiles, cut: &[std::ops::Range<usize>]) -> Plan {
         context_tokens: 512,
         sequences: 1,
         wire_dtype: WireDtype::F32,
+        links: None,
+        cost_source: TimeSource::Relative,
     })
     .unwrap()
 }

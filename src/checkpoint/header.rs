@@ -27,6 +27,15 @@ pub const MAX_HEADER_BYTES: u64 = 100_000_000;
 /// Bytes of the header length at the start of a file.
 const LENGTH_BYTES: u64 = 8;
 
+/// Whether a file must hold its tensors.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Data {
+    /// All of them.
+    Whole,
+    /// All of them, or none: the file ends with its header.
+    MayBeLeftOut,
+}
+
 /// A header that has been checked: its tensors fill the rest of the file exactly, in order, without
 /// overlap or hole.
 #[derive(Debug)]
@@ -46,6 +55,16 @@ impl Header {
     ///
     /// One variant for each rule of the format that the bytes break.
     pub fn read(
+        input: impl Read,
+        input_bytes: u64,
+        path: &Path,
+    ) -> Result<Header, CheckpointError> {
+        Self::read_before(Data::Whole, input, input_bytes, path)
+    }
+
+    /// [`Header::read`] of a file whose tensors may have been left out.
+    pub(super) fn read_before(
+        data: Data,
         mut input: impl Read,
         input_bytes: u64,
         path: &Path,
@@ -63,7 +82,7 @@ impl Header {
                 path: path.to_owned(),
                 cause,
             })?;
-        check_file_size(data_start, &metadata, input_bytes, path)?;
+        check_file_size(data, data_start, &metadata, input_bytes, path)?;
         Ok(Header {
             data_start,
             metadata,
@@ -291,8 +310,10 @@ fn tensor_bytes(name: &str, info: &TensorInfo, path: &Path) -> Result<usize, Che
     }
 }
 
-/// The last tensor ends where the file ends.
+/// The last tensor ends where the file ends, or the header does if the tensors may be left out. A file
+/// that ends in between is damaged in any case.
 fn check_file_size(
+    data: Data,
     data_start: u64,
     metadata: &Metadata,
     found: u64,
@@ -301,6 +322,8 @@ fn check_file_size(
     let expected = data_start.saturating_add(metadata.data_len() as u64);
     let path = || path.to_owned();
     match found {
+        // An end beyond 64 bits is in no file, cut off or not.
+        _ if data == Data::MayBeLeftOut && found == data_start && expected < u64::MAX => Ok(()),
         _ if found < expected => Err(CheckpointError::Truncated {
             path: path(),
             expected,

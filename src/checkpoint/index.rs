@@ -3,8 +3,9 @@
 //! The headers are the truth about tensors. The index, `{"weight_map": {tensor: file}}`, only says
 //! which files there are and what should be in them, so it is checked against the headers both
 //! ways: a difference means that two versions of a checkpoint were mixed, and half of the ranks
-//! might have the other half. `metadata.total_size` is not looked at, since converters disagree on
-//! what it counts.
+//! might have the other half. `metadata.total_size` is not looked at then, since converters disagree
+//! on what it counts. Where there are no weight files at all it is all that is known of their bytes,
+//! and [`Listed`] tells it.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::File;
@@ -142,12 +143,49 @@ fn shard_numbering(name: &str) -> Option<(usize, usize)> {
 struct Index {
     path: PathBuf,
     weight_map: BTreeMap<String, String>,
+    metadata: serde_json::Value,
 }
 
 /// The index as the JSON has it.
 #[derive(Deserialize)]
 struct IndexJson {
     weight_map: BTreeMap<String, String>,
+    /// Read only where the weight files are not there; anything may stand here otherwise.
+    #[serde(default)]
+    metadata: serde_json::Value,
+}
+
+/// The tensors of a checkpoint of which only the index is there.
+#[derive(Debug)]
+pub struct Listed {
+    /// The index.
+    pub path: PathBuf,
+    /// Names of all tensors.
+    pub tensors: BTreeSet<String>,
+    /// `metadata.total_size`: bytes of all tensors, if it is a whole number.
+    pub total_bytes: Option<u64>,
+}
+
+impl Listed {
+    /// Reads the index of `dir`; `None` if it has none, or if any weight file is there.
+    ///
+    /// # Errors
+    ///
+    /// A directory or an index that cannot be read, or an index that is none.
+    pub fn read(dir: &Path) -> Result<Option<Listed>, CheckpointError> {
+        let Some(index) = Index::read(dir)? else {
+            return Ok(None);
+        };
+        let present = safetensors_names(dir)?;
+        if !present.is_empty() {
+            return Ok(None);
+        }
+        Ok(Some(Listed {
+            path: index.path,
+            total_bytes: index.metadata["total_size"].as_u64(),
+            tensors: index.weight_map.into_keys().collect(),
+        }))
+    }
 }
 
 impl Index {
@@ -175,6 +213,7 @@ impl Index {
         Ok(Some(Index {
             path,
             weight_map: index.weight_map,
+            metadata: index.metadata,
         }))
     }
 

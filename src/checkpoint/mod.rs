@@ -4,9 +4,11 @@
 //! ```text
 //! Checkpoint::open   index.rs   which files                  reads names and the index
 //!                    header.rs  which tensors are in each    reads headers, no tensor
+//! Headers::open                 the same for a plan, where the tensors may have been left out
+//! Listed::read                  the same where there are no weight files, only their index
 //! Reader::take       reader.rs  one tensor, opened           reads it when told to
 //! Reader::finish                taken = planned, or an error
-//! Outline            outline.rs a checkpoint told to a rank that has none of its files
+//! HeaderTexts        header_texts.rs   a checkpoint told to a rank that has none of its files
 //! Shard, ShardWriter shard.rs, shard_writer.rs   a rank's slice in a file of its own
 //! ```
 //!
@@ -19,9 +21,9 @@
 mod error;
 mod file;
 mod header;
+mod header_texts;
 mod index;
 mod lock;
-mod outline;
 mod reader;
 mod shard;
 mod shard_writer;
@@ -30,6 +32,7 @@ mod tests;
 
 use std::collections::BTreeMap;
 use std::fs::File;
+use std::ops::Deref;
 use std::path::{Path, PathBuf};
 
 use safetensors::Dtype;
@@ -37,21 +40,27 @@ use sha2::{Digest, Sha256};
 
 pub use error::{CheckpointError, NameSample};
 pub use header::{Header, MAX_HEADER_BYTES};
-pub use index::MAX_INDEX_BYTES;
-pub use outline::Outline;
+pub use header_texts::HeaderTexts;
+pub use index::{Listed, MAX_INDEX_BYTES};
 pub use reader::{Consumed, Reader, Tensor};
 pub use shard::{PAD_PREFIX, Shard, ShardError, ShardTensor};
 pub use shard_writer::ShardWriter;
 
 use file::WeightFile;
+use header::Data;
 use index::Listing;
 
 /// First bytes of what [`Checkpoint::fingerprint`] hashes; change the number with the encoding.
 const FINGERPRINT_DOMAIN: &[u8] = b"mlx-pipe checkpoint 1\0";
 
-/// The tensors of a checkpoint directory, known by their headers.
+/// The tensors of a checkpoint directory, known by their headers and all there to be read.
 #[derive(Debug)]
-pub struct Checkpoint {
+pub struct Checkpoint(Headers);
+
+/// The tensors of a checkpoint directory as its headers describe them, whether or not the tensors
+/// themselves are there. Nothing can be read by it: a plan counts bytes and needs no more.
+#[derive(Debug)]
+pub struct Headers {
     dir: PathBuf,
     /// Sorted by name.
     files: Vec<WeightFile>,
@@ -68,7 +77,7 @@ pub struct TensorInfo {
     /// Place in [`Checkpoint::files`].
     file: usize,
     /// First byte and the one after the last, from the file's start; `begin <= end <= ` the file's
-    /// length.
+    /// length, in a [`Checkpoint`].
     begin: u64,
     end: u64,
     /// Hash of the bytes, where one was kept.
@@ -96,17 +105,49 @@ impl Checkpoint {
     /// No weights, a file missing, a header that breaks a rule of the format, a tensor in two
     /// files, or an index that says something else than the headers.
     pub fn open(dir: &Path) -> Result<Checkpoint, CheckpointError> {
+        Headers::read(dir, Data::Whole).map(Checkpoint)
+    }
+
+    /// Starts taking tensors out.
+    pub fn reader(&self) -> Reader<'_> {
+        Reader::new(self)
+    }
+
+    fn reopen(&self, info: &TensorInfo) -> Result<File, CheckpointError> {
+        self.file_of(info).reopen()
+    }
+}
+
+impl Deref for Checkpoint {
+    type Target = Headers;
+
+    fn deref(&self) -> &Headers {
+        &self.0
+    }
+}
+
+impl Headers {
+    /// As [`Checkpoint::open`], for weight files that are whole or end with their header.
+    ///
+    /// # Errors
+    ///
+    /// The same.
+    pub fn open(dir: &Path) -> Result<Headers, CheckpointError> {
+        Self::read(dir, Data::MayBeLeftOut)
+    }
+
+    fn read(dir: &Path, data: Data) -> Result<Headers, CheckpointError> {
         let listing = Listing::find(dir)?;
-        let mut checkpoint = Checkpoint {
+        let mut headers = Headers {
             dir: dir.to_owned(),
             files: Vec::new(),
             tensors: BTreeMap::new(),
         };
         for name in &listing.files {
-            checkpoint.add_file(name)?;
+            headers.add_file(name, data)?;
         }
-        listing.check(&checkpoint.tensors, &checkpoint.files)?;
-        Ok(checkpoint)
+        listing.check(&headers.tensors, &headers.files)?;
+        Ok(headers)
     }
 
     /// The tensor `name`, if the checkpoint has it.
@@ -152,15 +193,10 @@ impl Checkpoint {
         self.files.iter().any(WeightFile::is_elsewhere)
     }
 
-    /// Starts taking tensors out.
-    pub fn reader(&self) -> Reader<'_> {
-        Reader::new(self)
-    }
-
     /// Reads the header of one more file and adds its tensors.
-    fn add_file(&mut self, name: &str) -> Result<(), CheckpointError> {
+    fn add_file(&mut self, name: &str, data: Data) -> Result<(), CheckpointError> {
         let (file, open) = WeightFile::open(&self.dir, name.to_owned())?;
-        let header = Header::read(open, file.bytes(), &file.path)?;
+        let header = Header::read_before(data, open, file.bytes(), &file.path)?;
         self.add(file, &header)
     }
 
@@ -210,10 +246,6 @@ impl Checkpoint {
 
     fn path_of(&self, info: &TensorInfo) -> &Path {
         &self.file_of(info).path
-    }
-
-    fn reopen(&self, info: &TensorInfo) -> Result<File, CheckpointError> {
-        self.file_of(info).reopen()
     }
 }
 

@@ -17,7 +17,7 @@ use serde_json::{Map, Value, json};
 use sha2::{Digest, Sha256};
 
 use super::file::WeightFile;
-use super::{Checkpoint, CheckpointError, TensorInfo, hash_kind, hash_number, hash_text};
+use super::{Checkpoint, CheckpointError, Headers, TensorInfo, hash_kind, hash_number, hash_text};
 
 /// Every tensor begins at a multiple of it: the page of Apple's processors, and of all others a multiple.
 pub(super) const ALIGNMENT_BYTES: u64 = 16 << 10;
@@ -236,11 +236,11 @@ impl Shard {
             };
             (tensor.name.clone(), info)
         });
-        Checkpoint {
+        Checkpoint(Headers {
             dir: dir.to_owned(),
             files: vec![file],
             tensors: infos.collect::<BTreeMap<_, _>>(),
-        }
+        })
     }
 
     /// First byte of a tensor, from the file's start.

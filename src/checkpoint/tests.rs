@@ -57,6 +57,12 @@ fn total_bytes(checkpoint: &Checkpoint) -> u64 {
     checkpoint.iter().map(|(_, info)| info.bytes()).sum()
 }
 
+/// The same file without its data.
+fn cut_off(bytes: &[u8]) -> &[u8] {
+    let header_bytes = u64::from_le_bytes(bytes[..8].try_into().unwrap());
+    &bytes[..8 + header_bytes as usize]
+}
+
 /// The message with the directory's path written `DIR`.
 fn text(dir: &TempDir, error: &CheckpointError) -> String {
     error
@@ -931,6 +937,96 @@ proptest! {
     }
 }
 
+// Without weights
+
+#[test]
+fn headers_tell_the_same_with_the_tensors_and_without() {
+    let bytes = file_of(&[("a", 3), ("b", 5)]);
+    let (whole, headers) = (single(&bytes), single(cut_off(&bytes)));
+    let described = |dir: &TempDir| {
+        let headers = Headers::open(dir.path()).unwrap();
+        let tensors = headers
+            .iter()
+            .map(|(name, info)| (name.to_owned(), info.clone()));
+        tensors.collect::<Vec<_>>()
+    };
+    assert_eq!(described(&whole), described(&headers));
+    assert_eq!(described(&headers)[1].1.bytes(), 5);
+}
+
+#[test]
+fn a_file_without_its_tensors_is_no_checkpoint() {
+    let bytes = file_of(&[("a", 3)]);
+    let message = open_error(&single(cut_off(&bytes)));
+    assert!(
+        message.contains("shorter than its header says"),
+        "{message}"
+    );
+}
+
+#[test]
+fn a_file_that_ends_within_its_tensors_is_damaged_even_where_none_are_needed() {
+    let bytes = file_of(&[("a", 3), ("b", 5)]);
+    let header_bytes = cut_off(&bytes).len();
+    for length in 0..=bytes.len() + 1 {
+        let mut cut = bytes.clone();
+        cut.resize(length, 0);
+        let dir = single(&cut);
+        let expected = length == header_bytes || length == bytes.len();
+        assert_eq!(
+            Headers::open(dir.path()).is_ok(),
+            expected,
+            "{length} bytes"
+        );
+    }
+}
+
+#[test]
+fn tensors_that_are_not_there_cannot_claim_more_than_64_bits() {
+    let half = (1_u64 << 63) - 8;
+    let header = format!(
+        r#"{{"a":{{"dtype":"U8","shape":[{}],"data_offsets":[0,{}]}}}}"#,
+        half, half
+    );
+    let dir = single(&file(&header, &[]));
+    // Whatever comes of it, it is no panic.
+    if let Ok(headers) = Headers::open(dir.path()) {
+        assert_eq!(headers.get("a").unwrap().bytes(), half);
+    }
+}
+
+#[test]
+fn an_index_alone_lists_names_and_bytes() {
+    let index = format!(
+        r#"{{"metadata":{{"total_size":8}},"weight_map":{{"a":"{SHARD_1}","b":"{SHARD_2}"}}}}"#
+    );
+    let dir = directory(&[(INDEX, index.as_bytes())]);
+    let listed = Listed::read(dir.path()).unwrap().unwrap();
+    assert_eq!(listed.total_bytes, Some(8));
+    assert_eq!(listed.tensors.into_iter().collect::<Vec<_>>(), ["a", "b"]);
+    assert!(open_error(&dir).contains(SHARD_1));
+    // As soon as one file is there, all must be.
+    fs::write(dir.path().join(SHARD_1), file_of(&[("a", 3)])).unwrap();
+    assert!(Listed::read(dir.path()).unwrap().is_none());
+    let message = text(&dir, &Headers::open(dir.path()).unwrap_err());
+    assert!(message.contains(SHARD_2), "{message}");
+}
+
+#[test]
+fn odd_totals_of_an_index_are_no_total() {
+    for metadata in [
+        "",
+        r#""metadata":null,"#,
+        r#""metadata":[],"#,
+        r#""metadata":{"total_size":-1},"#,
+    ] {
+        let index = format!(r#"{{{metadata}"weight_map":{{"a":"{SINGLE}"}}}}"#);
+        let dir = directory(&[(INDEX, index.as_bytes())]);
+        assert_eq!(Listed::read(dir.path()).unwrap().unwrap().total_bytes, None);
+    }
+    assert!(Listed::read(directory(&[]).path()).unwrap().is_none());
+}
+
 // A slice in a file of its own
 
 /// A checkpoint of two tensors, and its slice of both.
@@ -1072,8 +1168,8 @@ fn a_checkpoint_told_to_another_rank_is_the_same_one_without_bytes() {
         (SHARD_2, &second),
     ]);
     let checkpoint = Checkpoint::open(dir.path()).unwrap();
-    let json = serde_json::to_string(&checkpoint.outline().unwrap()).unwrap();
-    let outline: Outline = serde_json::from_str(&json).unwrap();
+    let json = serde_json::to_string(&checkpoint.header_texts().unwrap()).unwrap();
+    let outline: HeaderTexts = serde_json::from_str(&json).unwrap();
     let told = outline.into_checkpoint(Path::new("/elsewhere")).unwrap();
     assert_eq!(told.fingerprint(), checkpoint.fingerprint());
     assert!(told.is_elsewhere() && !checkpoint.is_elsewhere());
@@ -1092,12 +1188,15 @@ fn a_checkpoint_told_to_another_rank_is_the_same_one_without_bytes() {
 #[test]
 fn an_outline_is_checked_as_a_file_is() {
     let dir = single(&file_of(&[("a", 3)]));
-    let outline = Checkpoint::open(dir.path()).unwrap().outline().unwrap();
+    let outline = Checkpoint::open(dir.path())
+        .unwrap()
+        .header_texts()
+        .unwrap();
     let json = serde_json::to_value(&outline).unwrap();
     let refused = |change: &dyn Fn(&mut serde_json::Value)| {
         let mut json = json.clone();
         change(&mut json["files"]);
-        let outline: Outline = serde_json::from_value(json).unwrap();
+        let outline: HeaderTexts = serde_json::from_value(json).unwrap();
         let error = outline.into_checkpoint(Path::new("DIR")).unwrap_err();
         error.to_string()
     };

@@ -25,6 +25,7 @@ fn probed(hostname: &str) -> DeviceProfile {
         memory_bytes: 64 * GIGABYTE,
         cores: 8,
         max_model_bytes: None,
+        rates: None,
     }
 }
 
@@ -295,9 +296,13 @@ fn the_limit_is_a_share_of_the_recommended_size_or_four_fifths_unless_one_is_giv
             ..probed("a")
         };
         let sharers = NonZeroUsize::new(sharers).unwrap();
-        RankDevice { profile, sharers }
-            .plan_device(given)
-            .memory_limit_bytes
+        RankDevice {
+            profile,
+            sharers,
+            entry: None,
+        }
+        .plan_device(given)
+        .memory_limit_bytes
     };
     assert_eq!(limit(None, None, 1), 51_200_000_000);
     assert_eq!(limit(Some(12 * GIGABYTE), None, 1), 12 * GIGABYTE);
@@ -421,4 +426,128 @@ fn limits_of_a_control_group_and_of_those_above_it_count() {
             "/sys/fs/cgroup/memory/memory.limit_in_bytes",
         ]
     );
+}
+
+/// Two devices with `capabilities`, and more of the file.
+fn two_devices(first: &str, second: &str, rest: &str) -> Result<ClusterFile, ClusterError> {
+    parse(&format!(
+        r#"{{"devices": [{{"hostname": "a.lan", "device_id": "left", "capabilities": {{{first}}}}},
+                        {{"hostname": "b.lan", "capabilities": {{{second}}}}}] {rest}}}"#
+    ))
+}
+
+#[test]
+fn stated_rates_are_whole_numbers_of_bytes_and_operations() {
+    let both =
+        r#""memory_gb": 16, "gpu_cores": 10, "memory_bandwidth_gb_s": 120, "compute_tflops": 4.3"#;
+    let file = two_devices(both, both, "").unwrap();
+    let ranks = describe(Some(&file), None, &probed("laptop")).unwrap();
+    let expected = Rates {
+        bandwidth_bytes_per_s: 120_000_000_000,
+        flops_per_s: Some(4_300_000_000_000),
+    };
+    assert_eq!(ranks[1].profile.rates, Some(expected));
+    let ranks = assign(Some(&file), &all_probed(&["a.lan", "b.lan"])).unwrap();
+    assert_eq!(ranks[0].profile.rates, Some(expected));
+    assert_eq!(
+        assign(None, &all_probed(&["a"])).unwrap()[0].profile.rates,
+        None
+    );
+}
+
+#[test]
+fn a_measure_of_speed_is_given_for_all_devices_or_none() {
+    for field in ["gpu_cores", "memory_bandwidth_gb_s", "compute_tflops"] {
+        let error = two_devices("", &format!(r#""{field}": 5"#), "").unwrap_err();
+        assert!(
+            matches!(&error, ClusterError::Mixed { field: found, with, without, .. }
+                if *found == field && with == "b.lan" && without == "a.lan"),
+            "{error}"
+        );
+    }
+}
+
+#[test]
+fn rates_that_are_none_are_refused_with_their_place() {
+    for value in ["0", "-1", "1e7", "\"120\""] {
+        let error = two_devices(&format!(r#""memory_bandwidth_gb_s": {value}"#), "", "");
+        let text = error.unwrap_err().to_string();
+        assert!(
+            text.contains("devices[0].capabilities.memory_bandwidth_gb_s"),
+            "{text}"
+        );
+    }
+    for link in [
+        r#"{"latency_us": 150}"#,
+        r#"{"latency_us": 150, "bandwidth_gbit_s": 0}"#,
+        "5",
+    ] {
+        let error = two_devices("", "", &format!(r#", "link": {link}"#)).unwrap_err();
+        assert!(
+            matches!(&error, ClusterError::Malformed { field, .. } if field.starts_with("link")),
+            "{error}"
+        );
+    }
+}
+
+#[test]
+fn links_are_those_of_the_pair_in_either_direction_else_of_all() {
+    let rest = r#", "link": {"latency_us": 150, "bandwidth_gbit_s": 1},
+        "links": [{"from": "B.lan", "to": "left", "latency_us": 20.5, "bandwidth_gbit_s": 40}]"#;
+    let file = two_devices("", "", rest).unwrap();
+    let special = LinkCost {
+        latency_ns: 20_500,
+        bytes_per_s: 5_000_000_000,
+    };
+    let links_of = |file: &ClusterFile, hosts: &[&str]| {
+        let ranks = assign(Some(file), &all_probed(hosts)).unwrap();
+        file.links(&ranks)
+    };
+    let links = links_of(&file, &["a.lan", "b.lan"]).unwrap();
+    assert_eq!((links.forward, links.back), (vec![special], special));
+    // Ranks of one host do not use the network.
+    let links = links_of(&file, &["a.lan", "a.lan", "b.lan"]).unwrap();
+    assert_eq!(links.forward, [LOCAL_LINK, special]);
+    let plain = two_devices(
+        "",
+        "",
+        r#", "link": {"latency_us": 150, "bandwidth_gbit_s": 1}"#,
+    );
+    let links = links_of(&plain.unwrap(), &["a.lan", "b.lan"]).unwrap();
+    let expected = LinkCost {
+        latency_ns: 150_000,
+        bytes_per_s: 125_000_000,
+    };
+    assert_eq!((links.forward, links.back), (vec![expected], expected));
+    assert_eq!(
+        links_of(&two_devices("", "", "").unwrap(), &["a.lan", "b.lan"]),
+        None
+    );
+}
+
+#[test]
+fn a_link_to_a_device_that_is_not_there_is_an_error() {
+    let rest =
+        r#", "links": [{"from": "left", "to": "c", "latency_us": 1, "bandwidth_gbit_s": 1}]"#;
+    let error = two_devices("", "", rest).unwrap_err();
+    assert!(
+        matches!(&error, ClusterError::UnknownLinkEnd { index: 0, end: "to", name, .. } if name == "c"),
+        "{error}"
+    );
+}
+
+#[test]
+fn ranks_left_out_leave_their_share_of_a_device_to_the_others() {
+    let ranks = assign(None, &all_probed(&["a", "a", "b", "a"])).unwrap();
+    let sharers = |kept: &[usize]| {
+        let part = part_of(&ranks, kept);
+        part.iter()
+            .map(|rank| rank.sharers.get())
+            .collect::<Vec<_>>()
+    };
+    assert_eq!(sharers(&[0, 1, 2, 3]), [3, 3, 1, 3]);
+    assert_eq!(sharers(&[0, 2, 3]), [2, 1, 2]);
+    assert_eq!(sharers(&[1, 2]), [1, 1]);
+    let hosts = ranks_by_host(&ranks);
+    assert_eq!(hosts, [("a", vec![0, 1, 3]), ("b", vec![2])]);
 }

@@ -9,7 +9,7 @@ use self::stream::{Item, Outgoing, receive_item, send_all};
 use crate::agree::{self, Failure};
 use crate::checkpoint::{Checkpoint, Shard, ShardWriter};
 use crate::hub;
-use crate::model::{ModelFiles, ModelOutline};
+use crate::model::{ModelFiles, ModelTexts};
 use crate::tokenizer::TokenizerFiles;
 use crate::transport::Transport;
 use anyhow::{Context, Result, ensure};
@@ -24,7 +24,7 @@ const LONGEST_OUTLINE_BYTES: u64 = 256 << 20;
 /// What a rank without the model is told of it.
 #[derive(Serialize, Deserialize)]
 struct Told {
-    model: ModelOutline,
+    model: ModelTexts,
     tokenizer: Option<TokenizerFiles>,
 }
 
@@ -105,7 +105,7 @@ fn tell_outline(transport: &mut impl Transport, files: &ModelFiles, ranks: &[usi
         false => None,
     };
     let told = Told {
-        model: files.outline()?,
+        model: files.texts()?,
         tokenizer,
     };
     let outline = serde_json::to_vec(&told).context("encoding the outline")?;
@@ -141,7 +141,7 @@ fn understand(
 ) -> Result<ModelFiles> {
     let in_outline = || format!("the model as rank {source} told of it");
     let told: Told = serde_json::from_slice(json).with_context(in_outline)?;
-    let mut files = ModelFiles::from_outline(told.model).with_context(in_outline)?;
+    let mut files = ModelFiles::from_texts(told.model).with_context(in_outline)?;
     if let Some(tokenizer) = told.tokenizer.filter(|_| rank == 0) {
         files.dir = tokenizer.keep(&hub::cache_dir_or_default(cache_dir)?)?;
     }

@@ -112,7 +112,7 @@ fn slices_arrive_whole_with_two_chunks_on_their_way_at_most() {
     ];
     let source = checkpoint(dir.path(), &lengths);
     // The receivers know the checkpoint from its outline only.
-    let told = serde_json::to_vec(&source.outline().unwrap()).unwrap();
+    let told = serde_json::to_vec(&source.header_texts().unwrap()).unwrap();
     let slices = [&["large", "none"][..], &["small", "exact"]];
     let mut ranks = local_ranks(3);
     std::thread::scope(|scope| {
@@ -120,7 +120,7 @@ fn slices_arrive_whole_with_two_chunks_on_their_way_at_most() {
         for (mut rank, names) in receivers.into_iter().zip(slices) {
             let (told, source, dir) = (&told, &source, dir.path());
             scope.spawn(move || {
-                let outline: crate::checkpoint::Outline = serde_json::from_slice(told).unwrap();
+                let outline: crate::checkpoint::HeaderTexts = serde_json::from_slice(told).unwrap();
                 let elsewhere = outline.into_checkpoint(dir).unwrap();
                 assert_eq!(elsewhere.fingerprint(), source.fingerprint());
                 assert!(elsewhere.open_tensor(names[0]).is_err());
@@ -246,5 +246,5 @@ fn a_weight_file_that_changed_is_not_handed_over() {
         error.to_string().contains("replaced or written to"),
         "{error}"
     );
-    assert!(source.outline().is_err());
+    assert!(source.header_texts().is_err());
 }

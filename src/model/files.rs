@@ -1,11 +1,12 @@
 //! A checkpoint directory, opened and checked: configuration, headers, and the one held against the
-//! other. No tensor is read here, so `plan` works where the weights would not fit.
+//! other. No tensor is read here, so `plan` works where the weights would not fit, and with
+//! [`Outline`] even where they are not.
 
 use super::architecture::Architecture;
 use super::generation::end_of_sequence_ids;
 use super::inventory::Inventory;
 use crate::bounded_file;
-use crate::checkpoint::{Checkpoint, Outline};
+use crate::checkpoint::{Checkpoint, HeaderTexts, Headers, Listed};
 use crate::plan::{Head, ModelShape, TiedTable, WireDtype};
 use anyhow::{Context, Result, bail};
 use serde::{Deserialize, Serialize};
@@ -39,28 +40,27 @@ impl ModelFiles {
     /// # Errors
     /// No configuration, weights that are not there or not whole, or the two not belonging together.
     pub fn open(dir: &Path) -> Result<Self> {
-        let texts = Texts::read(dir)?;
-        // Opening the checkpoint would wait for ever if this were a pipe.
-        bounded_file::is_regular(&dir.join("model.safetensors.index.json"))?;
-        Self::check(dir, &texts, Checkpoint::open(dir)?)
+        let configs = Configs::read(dir)?;
+        check_index_is_regular(dir)?;
+        Self::check(dir, &configs, Checkpoint::open(dir)?)
     }
 
     /// What to tell a rank that has no model directory.
     ///
     /// # Errors
     /// A file that has changed since it was opened, or cannot be read.
-    pub fn outline(&self) -> Result<ModelOutline> {
-        let texts = Texts::read(&self.dir)?;
-        if texts.config_hash() != self.config_hash {
+    pub fn texts(&self) -> Result<ModelTexts> {
+        let configs = Configs::read(&self.dir)?;
+        if configs.config_hash() != self.config_hash {
             bail!(
                 "{}: config.json has changed since it was read; start again when nothing writes to it",
                 self.dir.display()
             );
         }
-        Ok(ModelOutline {
+        Ok(ModelTexts {
             dir: self.dir.to_string_lossy().into_owned(),
-            texts,
-            checkpoint: self.checkpoint.outline()?,
+            configs,
+            headers: self.checkpoint.header_texts()?,
         })
     }
 
@@ -68,17 +68,17 @@ impl ModelFiles {
     ///
     /// # Errors
     /// As [`Self::open`].
-    pub fn from_outline(outline: ModelOutline) -> Result<Self> {
-        let dir = PathBuf::from(outline.dir);
-        let checkpoint = outline.checkpoint.into_checkpoint(&dir)?;
-        Self::check(&dir, &outline.texts, checkpoint)
+    pub fn from_texts(texts: ModelTexts) -> Result<Self> {
+        let dir = PathBuf::from(texts.dir);
+        let checkpoint = texts.headers.into_checkpoint(&dir)?;
+        Self::check(&dir, &texts.configs, checkpoint)
     }
 
     /// Holds configuration and headers against each other.
-    fn check(dir: &Path, texts: &Texts, checkpoint: Checkpoint) -> Result<Self> {
+    fn check(dir: &Path, configs: &Configs, checkpoint: Checkpoint) -> Result<Self> {
         let in_dir = || format!("model directory {}", dir.display());
-        let config = parse(dir, "config.json", &texts.config)?;
-        let generation = texts.generation_config.as_deref();
+        let config = parse(dir, "config.json", &configs.config)?;
+        let generation = configs.generation_config.as_deref();
         let generation = generation
             .map(|text| parse(dir, "generation_config.json", text))
             .transpose()?;
@@ -92,23 +92,19 @@ impl ModelFiles {
             inventory,
             checkpoint,
             end_ids,
-            config_hash: texts.config_hash(),
+            config_hash: configs.config_hash(),
         })
     }
 
-    /// Bytes of every part of the model, for a cache in `kv_dtype`; `tied` says where a tied table stands.
+    /// Bytes of every part of the model, for a cache and activations in `kv_dtype`; `tied` says where a tied
+    /// table stands, once if the plan is to choose.
     pub fn shape(&self, kv_dtype: WireDtype, tied: TiedTable) -> ModelShape {
-        let tied_head = match tied {
-            TiedTable::Once => Head::TiedOnce,
-            TiedTable::Both => Head::Tied,
-        };
-        let element_bytes = kv_dtype.size_bytes();
-        self.inventory.shape(
-            &self.architecture,
-            &self.checkpoint,
-            element_bytes,
-            tied_head,
-        )
+        shape(&self.architecture, &self.inventory, kv_dtype, tied)
+    }
+
+    /// Longest sequence that the model was made for, tokens.
+    pub fn longest_context_tokens(&self) -> u64 {
+        self.architecture.family.context_tokens as u64
     }
 
     /// What names, shapes and places of all tensors hash to, in hexadecimal.
@@ -127,33 +123,94 @@ impl ModelFiles {
     }
 }
 
+/// What a plan needs of a checkpoint, whose weights may be elsewhere: `config.json`, and the headers of the
+/// weight files (each whole, or cut off after its header) or only `model.safetensors.index.json`. A type
+/// of its own, so that no run can take it for a model.
+#[derive(Debug)]
+pub struct Outline {
+    architecture: Architecture,
+    inventory: Inventory,
+}
+
+impl Outline {
+    /// Opens a checkpoint directory for a plan.
+    ///
+    /// # Errors
+    /// No configuration, neither headers nor an index, or what is there not belonging together.
+    pub fn open(dir: &Path) -> Result<Self> {
+        let in_dir = || format!("model directory {}", dir.display());
+        let config = parse(dir, "config.json", &read_model_config(dir)?)?;
+        check_index_is_regular(dir)?;
+        if let Some(listed) = Listed::read(dir)? {
+            let has_tensor = |name: &str| listed.tensors.contains(name);
+            let architecture = Architecture::read(&config, has_tensor).with_context(in_dir)?;
+            let inventory = Inventory::from_index(&architecture, &listed)?;
+            return Ok(Self {
+                architecture,
+                inventory,
+            });
+        }
+        let headers = Headers::open(dir)?;
+        let has_tensor = |name: &str| headers.get(name).is_some();
+        let architecture = Architecture::read(&config, has_tensor).with_context(in_dir)?;
+        let inventory = Inventory::check(&architecture, &headers).with_context(in_dir)?;
+        Ok(Self {
+            architecture,
+            inventory,
+        })
+    }
+
+    /// As [`ModelFiles::shape`].
+    pub fn shape(&self, kv_dtype: WireDtype, tied: TiedTable) -> ModelShape {
+        shape(&self.architecture, &self.inventory, kv_dtype, tied)
+    }
+
+    /// As [`ModelFiles::longest_context_tokens`].
+    pub fn longest_context_tokens(&self) -> u64 {
+        self.architecture.family.context_tokens as u64
+    }
+}
+
+fn shape(
+    architecture: &Architecture,
+    inventory: &Inventory,
+    kv_dtype: WireDtype,
+    tied: TiedTable,
+) -> ModelShape {
+    let tied_head = match tied {
+        TiedTable::Once | TiedTable::Auto => Head::TiedOnce,
+        TiedTable::Both => Head::Tied,
+    };
+    inventory.shape(architecture, kv_dtype.size_bytes(), tied_head)
+}
+
+/// Opening the checkpoint would wait for ever if its index were a pipe.
+fn check_index_is_regular(dir: &Path) -> Result<()> {
+    bounded_file::is_regular(&dir.join("model.safetensors.index.json"))?;
+    Ok(())
+}
+
 /// A model directory as one rank tells it to another that has none: configurations, and the headers of the
 /// weight files.
 #[derive(Debug, Serialize, Deserialize)]
-pub struct ModelOutline {
+pub struct ModelTexts {
     /// The directory on the host that has it, for messages.
     dir: String,
-    texts: Texts,
-    checkpoint: Outline,
+    configs: Configs,
+    headers: HeaderTexts,
 }
 
 /// The configurations as they stand in the files.
 #[derive(Debug, Serialize, Deserialize)]
-struct Texts {
+struct Configs {
     config: String,
     generation_config: Option<String>,
 }
 
-impl Texts {
+impl Configs {
     fn read(dir: &Path) -> Result<Self> {
-        let Some(config) = read_text(dir, "config.json")? else {
-            bail!(
-                "{} has no config.json; expected a checkpoint directory in MLX's form",
-                dir.display()
-            );
-        };
         Ok(Self {
-            config,
+            config: read_model_config(dir)?,
             generation_config: read_text(dir, "generation_config.json")?,
         })
     }
@@ -161,6 +218,16 @@ impl Texts {
     /// SHA-256 of `config.json`, in hexadecimal.
     fn config_hash(&self) -> String {
         hex::encode(Sha256::digest(&self.config))
+    }
+}
+
+fn read_model_config(dir: &Path) -> Result<String> {
+    match read_text(dir, "config.json")? {
+        Some(config) => Ok(config),
+        None => bail!(
+            "{} has no config.json; expected a checkpoint directory in MLX's form",
+            dir.display()
+        ),
     }
 }
 

@@ -2,9 +2,9 @@
 //! right shape and dtype, nothing else is, and how many bytes each part of the model weighs. Reads
 //! headers only; this is what the plan counts with.
 
-use super::architecture::{Architecture, ElementKind, HeadSpec, TensorSpec};
+use super::architecture::{Architecture, ElementKind, HeadSpec, LayerSpec, LinearSpec, TensorSpec};
 use super::weights::allowed_dtypes;
-use crate::checkpoint::{Checkpoint, TensorInfo};
+use crate::checkpoint::{Headers, Listed, TensorInfo};
 use crate::plan::{Head, ModelShape, Stage};
 use anyhow::{Result, bail};
 use safetensors::Dtype;
@@ -13,11 +13,25 @@ use std::collections::BTreeSet;
 /// The tensors of each part of the model, all of them proven to be in the checkpoint.
 #[derive(Debug)]
 pub struct Inventory {
-    embedding: Vec<TensorSpec>,
-    layers: Vec<Vec<TensorSpec>>,
-    norm: Vec<TensorSpec>,
+    embedding: Part,
+    layers: Vec<Part>,
+    norm: Part,
     /// Empty when tied.
-    head: Vec<TensorSpec>,
+    head: Part,
+}
+
+/// Tensors that a rank holds together.
+#[derive(Debug, Default)]
+struct Part {
+    tensors: Vec<TensorSpec>,
+    /// Their bytes as the checkpoint stores them.
+    bytes: u64,
+}
+
+impl Part {
+    fn of(tensors: Vec<TensorSpec>) -> Self {
+        Self { tensors, bytes: 0 }
+    }
 }
 
 impl Inventory {
@@ -26,99 +40,150 @@ impl Inventory {
     /// # Errors
     /// A tensor missing, of another shape or dtype, or one that no part of the model would use: it
     /// would change the answers if it were used, so it must not be passed over.
-    pub fn check(architecture: &Architecture, checkpoint: &Checkpoint) -> Result<Self> {
-        let inventory = Self {
-            embedding: architecture.embed_tokens.tensors(),
-            layers: architecture
-                .layers
-                .iter()
-                .map(|layer| layer.tensors())
-                .collect(),
-            norm: vec![architecture.norm.tensor()],
-            head: match &architecture.head {
-                HeadSpec::Tied => Vec::new(),
-                HeadSpec::Own(linear) => linear.tensors(),
-            },
-        };
+    pub fn check(architecture: &Architecture, checkpoint: &Headers) -> Result<Self> {
+        let mut inventory = Self::needed_by(architecture);
         for spec in inventory.all() {
             check_tensor(spec, checkpoint)?;
         }
-        inventory.refuse_leftovers(architecture, checkpoint)?;
+        let names = checkpoint.iter().map(|(name, _)| name);
+        inventory.refuse_leftovers(architecture, names, |name| place(name, checkpoint))?;
+        inventory.weigh(|spec| checkpoint.get(&spec.name).map_or(0, TensorInfo::bytes));
         Ok(inventory)
     }
 
-    /// Bytes of each part as the checkpoint stores it; `kv_element_bytes` is the cache's element size,
-    /// `tied_head` where a tied table is to stand.
+    /// The same where no header is there to tell shapes and dtypes. The names must be those that
+    /// `architecture` needs; shapes follow from it, and so do dtypes if all plain numbers have the same:
+    /// 16 or 32 bits, whichever makes the bytes those that the index states.
+    ///
+    /// # Errors
+    /// A name missing or too many, or bytes that come out otherwise.
+    pub fn from_index(architecture: &Architecture, listed: &Listed) -> Result<Self> {
+        let mut inventory = Self::needed_by(architecture);
+        let path = listed.path.display();
+        if let Some(spec) = inventory
+            .all()
+            .find(|spec| !listed.tensors.contains(&spec.name))
+        {
+            bail!(
+                "{path}: it lists no tensor `{}` (expected shape {:?}); config.json and the index do not \
+                 belong together",
+                spec.name,
+                spec.shape
+            );
+        }
+        let names = listed.tensors.iter().map(String::as_str);
+        inventory.refuse_leftovers(architecture, names, |_| format!("{path}: "))?;
+        let Some(stated_bytes) = listed.total_bytes else {
+            bail!(
+                "{path}: it has no whole number as metadata.total_size, and without the weight files nothing \
+                 else tells their bytes; fetch the weight files, or their headers"
+            );
+        };
+        let candidates = FLOAT_BYTES.map(|float_bytes| inventory.bytes_with(float_bytes));
+        let fitting = candidates.iter().position(|bytes| *bytes == stated_bytes);
+        let Some(fitting) = fitting else {
+            bail!(
+                "{path}: metadata.total_size is {stated_bytes}, but the tensors that config.json makes have \
+                 {} bytes with numbers of 16 bits, {} with 32; expected one of the two. They do not belong \
+                 together, or dtypes are mixed: fetch the weight files, or their headers",
+                candidates[0],
+                candidates[1]
+            );
+        };
+        inventory.weigh(|spec| spec_bytes(spec, FLOAT_BYTES[fitting]));
+        Ok(inventory)
+    }
+
+    /// What `architecture` needs, not weighed yet.
+    fn needed_by(architecture: &Architecture) -> Self {
+        let layers = architecture.layers.iter();
+        Self {
+            embedding: Part::of(architecture.embed_tokens.tensors()),
+            layers: layers.map(|layer| Part::of(layer.tensors())).collect(),
+            norm: Part::of(vec![architecture.norm.tensor()]),
+            head: match &architecture.head {
+                HeadSpec::Tied => Part::default(),
+                HeadSpec::Own(linear) => Part::of(linear.tensors()),
+            },
+        }
+    }
+
+    /// Saturating, since headers without tensors may claim any size; the plan refuses what is too much.
+    fn weigh(&mut self, bytes: impl Fn(&TensorSpec) -> u64) {
+        let ends = [&mut self.embedding, &mut self.norm, &mut self.head];
+        for part in self.layers.iter_mut().chain(ends) {
+            part.bytes = part.tensors.iter().map(&bytes).fold(0, u64::saturating_add);
+        }
+    }
+
+    fn bytes_with(&self, float_bytes: u64) -> u64 {
+        let bytes = self.all().map(|spec| spec_bytes(spec, float_bytes));
+        bytes.fold(0, u64::saturating_add)
+    }
+
+    /// Bytes of each part as the checkpoint stores it; `kv_element_bytes` is the element size of cache and
+    /// activations, `tied_head` where a tied table is to stand.
     pub fn shape(
         &self,
         architecture: &Architecture,
-        checkpoint: &Checkpoint,
         kv_element_bytes: usize,
         tied_head: Head,
     ) -> ModelShape {
-        let bytes = |specs: &[TensorSpec]| {
-            specs
-                .iter()
-                .filter_map(|spec| checkpoint.get(&spec.name))
-                .map(|info| info.bytes())
-                .sum()
-        };
+        let layer_weights = architecture.layers.iter().map(matrix_weights);
         ModelShape {
-            layer_bytes: self.layers.iter().map(|layer| bytes(layer)).collect(),
-            embedding_bytes: bytes(&self.embedding),
-            norm_bytes: bytes(&self.norm),
+            layer_bytes: self.layers.iter().map(|layer| layer.bytes).collect(),
+            embedding_bytes: self.embedding.bytes,
+            norm_bytes: self.norm.bytes,
             head: match architecture.head {
                 HeadSpec::Tied => tied_head,
                 HeadSpec::Own(_) => Head::Own {
-                    bytes: bytes(&self.head),
+                    bytes: self.head.bytes,
                 },
             },
             kv_bytes_per_token_per_layer: architecture
                 .kv_bytes_per_token_per_layer(kv_element_bytes),
+            hidden_row_bytes: architecture.hidden_size.saturating_mul(kv_element_bytes) as u64,
+            layer_weights: layer_weights.fold(0, u64::saturating_add),
         }
     }
 
     /// The tensors that a stage holds, each once.
     pub fn of_stage(&self, stage: &Stage) -> Vec<&str> {
-        let tied = self.head.is_empty();
+        let tied = self.head.tensors.is_empty();
         let with_table = stage.role.owns_embedding() || (stage.role.owns_head() && tied);
-        let layers = self.layers[stage.layers.clone()].iter().flatten();
-        layers
-            .chain(with_table.then_some(&self.embedding).into_iter().flatten())
-            .chain(
-                stage
-                    .role
-                    .owns_norm()
-                    .then_some(&self.norm)
-                    .into_iter()
-                    .flatten(),
-            )
-            .chain(
-                stage
-                    .role
-                    .owns_head()
-                    .then_some(&self.head)
-                    .into_iter()
-                    .flatten(),
-            )
+        let ends = [
+            (with_table, &self.embedding),
+            (stage.role.owns_norm(), &self.norm),
+            (stage.role.owns_head(), &self.head),
+        ];
+        let ends = ends
+            .into_iter()
+            .filter_map(|(owned, part)| owned.then_some(part));
+        let parts = self.layers[stage.layers.clone()].iter().chain(ends);
+        parts
+            .flat_map(|part| &part.tensors)
             .map(|spec| spec.name.as_str())
             .collect()
     }
 
     fn all(&self) -> impl Iterator<Item = &TensorSpec> {
-        self.embedding
-            .iter()
-            .chain(self.layers.iter().flatten())
-            .chain(&self.norm)
-            .chain(&self.head)
+        let ends = [&self.norm, &self.head];
+        [&self.embedding]
+            .into_iter()
+            .chain(&self.layers)
+            .chain(ends)
+            .flat_map(|part| &part.tensors)
     }
 
-    fn refuse_leftovers(&self, architecture: &Architecture, checkpoint: &Checkpoint) -> Result<()> {
+    fn refuse_leftovers<'n>(
+        &self,
+        architecture: &Architecture,
+        names: impl Iterator<Item = &'n str>,
+        place: impl Fn(&str) -> String,
+    ) -> Result<()> {
         let known: BTreeSet<&str> = self.all().map(|spec| spec.name.as_str()).collect();
         let tied = architecture.head == HeadSpec::Tied;
-        let left: Vec<&str> = checkpoint
-            .iter()
-            .map(|(name, _)| name)
+        let left: Vec<&str> = names
             .filter(|name| !known.contains(name) && !is_redundant(name, tied))
             .collect();
         if let Some(first) = left.first() {
@@ -126,7 +191,7 @@ impl Inventory {
                 "{}`{first}` is a tensor that a {} model of {} layers has no use for ({} such in all); \
                  config.json and the weights do not belong together, or this version lacks a feature of the \
                  model",
-                place(first, checkpoint),
+                place(first),
                 architecture.model_type,
                 architecture.layers.len(),
                 left.len(),
@@ -136,13 +201,46 @@ impl Inventory {
     }
 }
 
+/// Bytes of a plain number, as checkpoints have them.
+const FLOAT_BYTES: [u64; 2] = [2, 4];
+/// Bytes of a word of packed codes.
+const WORD_BYTES: u64 = 4;
+
+/// Bytes of a tensor whose plain numbers have so many each.
+fn spec_bytes(spec: &TensorSpec, float_bytes: u64) -> u64 {
+    let element_bytes = match spec.kind {
+        ElementKind::Codes => WORD_BYTES,
+        ElementKind::Float => float_bytes,
+    };
+    let dimensions = spec.shape.iter().map(|dimension| *dimension as u64);
+    dimensions.fold(element_bytes, u64::saturating_mul)
+}
+
+/// Weights of a layer's matrices, which are what a token is multiplied with.
+fn matrix_weights(layer: &LayerSpec) -> u64 {
+    let matrices = [
+        &layer.q_proj,
+        &layer.k_proj,
+        &layer.v_proj,
+        &layer.o_proj,
+        &layer.gate_proj,
+        &layer.up_proj,
+        &layer.down_proj,
+    ];
+    let weights = |matrix: &LinearSpec| matrix.outputs.saturating_mul(matrix.inputs) as u64;
+    matrices
+        .into_iter()
+        .map(weights)
+        .fold(0, u64::saturating_add)
+}
+
 /// Tensors that older tools write although they follow from the others: precomputed rotary
 /// frequencies, and a copy of the tied table under the head's name.
 fn is_redundant(name: &str, tied: bool) -> bool {
     name.ends_with(".self_attn.rotary_emb.inv_freq") || (tied && name.starts_with("lm_head."))
 }
 
-fn check_tensor(spec: &TensorSpec, checkpoint: &Checkpoint) -> Result<()> {
+fn check_tensor(spec: &TensorSpec, checkpoint: &Headers) -> Result<()> {
     let name = &spec.name;
     let Some(info) = checkpoint.get(name) else {
         bail!(
@@ -177,7 +275,7 @@ fn check_tensor(spec: &TensorSpec, checkpoint: &Checkpoint) -> Result<()> {
 fn refuse_codes_without_format(
     spec: &TensorSpec,
     info: &TensorInfo,
-    checkpoint: &Checkpoint,
+    checkpoint: &Headers,
 ) -> Result<()> {
     let expects_numbers = spec.kind == ElementKind::Float && spec.shape.len() == 2;
     let module = spec.name.strip_suffix(".weight");
@@ -201,13 +299,13 @@ fn refuse_codes_without_format(
 }
 
 /// The file that holds a tensor, to begin a message with; empty if no file does.
-fn place(name: &str, checkpoint: &Checkpoint) -> String {
+fn place(name: &str, checkpoint: &Headers) -> String {
     let path = checkpoint.file_holding(name);
     path.map_or_else(String::new, |path| format!("{}: ", path.display()))
 }
 
 /// The file that holds other tensors of the module that a missing one belongs to.
-fn place_of_sibling(name: &str, checkpoint: &Checkpoint) -> String {
+fn place_of_sibling(name: &str, checkpoint: &Headers) -> String {
     let module = name.rsplit_once('.').map_or(name, |(module, _)| module);
     let siblings = ["weight", "scales", "biases", "bias"].map(|part| format!("{module}.{part}"));
     let places = siblings.iter().map(|sibling| place(sibling, checkpoint));

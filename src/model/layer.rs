@@ -10,10 +10,10 @@ use super::linear::{Linear, RmsNorm};
 use super::rope::Rope;
 use super::weights::Weights;
 use anyhow::Result;
-use mlx_rs::Array;
 use mlx_rs::fast::{ScaledDotProductAttentionMask, scaled_dot_product_attention};
 use mlx_rs::ops::indexing::TryIndexOp;
 use mlx_rs::ops::{concatenate, sigmoid};
+use mlx_rs::{Array, Device, DeviceType};
 
 /// The rows of a step that belong to one sequence, and where they stand in it.
 #[derive(Debug, Clone, Copy)]
@@ -78,6 +78,8 @@ struct Attention {
     head_count: i32,
     kv_head_count: i32,
     head_dim: i32,
+    /// The device is a CPU.
+    writes_scores: bool,
 }
 
 impl Attention {
@@ -99,6 +101,7 @@ impl Attention {
             head_count: architecture.head_count as i32,
             kv_head_count: architecture.family.kv_head_count as i32,
             head_dim: architecture.family.head_dim as i32,
+            writes_scores: matches!(Device::try_default()?.get_type()?, DeviceType::Cpu),
         })
     }
 
@@ -143,12 +146,58 @@ impl Attention {
         let q = rope.forward(&heads_first(q, span)?, start)?;
         let k = rope.forward(&heads_first(k, span)?, start)?;
         let (keys, values) = cache.extend(&k, &heads_first(v, span)?)?;
+        let count = span.count as i32;
+        let block = self.queries_at_once(start + count).min(count);
+        let parts = (0..count)
+            .step_by(block as usize)
+            .map(|from| {
+                let to = count.min(from + block);
+                let seen = start + to;
+                let part = self.weigh(
+                    &rows_of(&q, from, to)?,
+                    &rows_of(&keys, 0, seen)?,
+                    &rows_of(&values, 0, seen)?,
+                )?;
+                if self.writes_scores {
+                    // MLX allocates ahead of what it computes: several blocks' scores at a time.
+                    part.eval()?;
+                }
+                Ok(part)
+            })
+            .collect::<Result<Vec<_>>>()?;
+        joined(parts)
+    }
+
+    /// Attention of the last tokens that the keys hold, `[1, heads, count, head_dim]` ->
+    /// `[count, heads * head_dim]`.
+    fn weigh(&self, q: &Array, keys: &Array, values: &Array) -> Result<Array> {
+        let count = q.dim(2);
         let scale = (self.head_dim as f32).sqrt().recip();
-        let mask = (span.count > 1).then_some(ScaledDotProductAttentionMask::Causal);
-        let attended = scaled_dot_product_attention(&q, &keys, &values, scale, mask, None)?;
+        let mask = (count > 1).then_some(ScaledDotProductAttentionMask::Causal);
+        let attended = scaled_dot_product_attention(q, keys, values, scale, mask, None)?;
         Ok(attended
             .transpose_axes(&[0, 2, 1, 3])?
-            .reshape(&[span.count as i32, self.head_count * self.head_dim])?)
+            .reshape(&[count, self.head_count * self.head_dim])?)
+    }
+
+    /// How many queries may attend to so many keys at once. MLX's CPU backend writes all their scores to
+    /// memory, which for a long prompt would be more than the weights; its GPU kernels do not.
+    fn queries_at_once(&self, keys: i32) -> i32 {
+        match self.writes_scores {
+            false => i32::MAX,
+            true => (SCORES_AT_ONCE / keys.saturating_mul(self.head_count)).max(1),
+        }
+    }
+}
+
+/// Attention scores in memory at a time, as elements of four bytes: 8 MiB.
+const SCORES_AT_ONCE: i32 = 1 << 21;
+
+/// Tokens `from..to` of `[1, heads, tokens, head_dim]`.
+fn rows_of(x: &Array, from: i32, to: i32) -> Result<Array> {
+    match (from, to) == (0, x.dim(2)) {
+        true => Ok(x.clone()),
+        false => Ok(x.try_index((.., .., from..to, ..))?),
     }
 }
 

@@ -64,15 +64,21 @@ impl Linear {
                 scales,
                 biases,
                 affine,
-            } => quantized_matmul(
-                x,
-                weight,
-                scales.as_dtype(x.dtype())?,
-                &biases.as_dtype(x.dtype())?,
-                true,
-                affine.group_size as i32,
-                affine.bits as i32,
-            )?,
+            } => {
+                let product = quantized_matmul(
+                    x,
+                    weight,
+                    scales.as_dtype(x.dtype())?,
+                    &biases.as_dtype(x.dtype())?,
+                    true,
+                    affine.group_size as i32,
+                    affine.bits as i32,
+                )?;
+                if scales.dtype() != x.dtype() {
+                    drop_conversions(&product)?;
+                }
+                product
+            }
         };
         match &self.bias {
             None => Ok(product),
@@ -100,8 +106,8 @@ impl Linear {
     }
 }
 
-/// Elements of a weight that are converted to another dtype at a time.
-const CONVERTED_AT_ONCE: i32 = 1 << 23;
+/// Elements of a weight that are converted to another dtype at a time: 16 MiB of f32.
+const CONVERTED_AT_ONCE: i32 = 1 << 22;
 
 /// `x W^T`. A weight of another dtype is converted a block of rows at a time: a whole copy in 32 bits of a
 /// head in 16 is over a gigabyte for a large vocabulary, which no plan has counted.
@@ -115,13 +121,21 @@ fn product(x: &Array, weight: &Array) -> Result<Array> {
         .step_by(block as usize)
         .map(|row| {
             let rows = weight.try_index((row..outputs.min(row + block), ..))?;
-            Ok(matmul(x, rows.as_dtype(x.dtype())?.t())?)
+            let part = matmul(x, rows.as_dtype(x.dtype())?.t())?;
+            drop_conversions(&part)?;
+            Ok(part)
         })
         .collect::<Result<Vec<_>>>()?;
     match parts.len() {
         1 => Ok(parts.into_iter().next().expect("there is one")),
         _ => Ok(concatenate(&parts, -1)?),
     }
+}
+
+/// Computes a product now. MLX allocates ahead of what it computes, so that without this the converted
+/// copies of many weights would be there at the same time.
+fn drop_conversions(product: &Array) -> Result<()> {
+    Ok(product.eval()?)
 }
 
 /// `y = x / rms(x) * weight`, over the last axis.

@@ -4,22 +4,39 @@
 
 use super::architecture::{ElementKind, TensorSpec};
 use super::filled::filled;
-use crate::checkpoint::{Consumed, Reader, Tensor};
+use crate::checkpoint::{Checkpoint, Consumed, Reader, Tensor};
 use anyhow::{Context, Result, bail};
 use mlx_rs::{Array, Dtype};
 
 /// Takes arrays out of a checkpoint.
 #[derive(Debug)]
 pub struct Weights<'c> {
-    reader: Reader<'c>,
+    source: Source<'c>,
     activation_dtype: Dtype,
+}
+
+/// Where the numbers come from.
+#[derive(Debug)]
+enum Source<'c> {
+    /// The files.
+    Files(Reader<'c>),
+    /// Nowhere: every tensor has its shape and dtype, and numbers that keep activations finite.
+    MadeUp(&'c Checkpoint),
 }
 
 impl<'c> Weights<'c> {
     /// `activation_dtype`: what this rank computes in.
     pub fn new(reader: Reader<'c>, activation_dtype: Dtype) -> Self {
         Self {
-            reader,
+            source: Source::Files(reader),
+            activation_dtype,
+        }
+    }
+
+    /// Weights that take as long to compute with as the checkpoint's and say nothing: no tensor is read.
+    pub fn made_up(checkpoint: &'c Checkpoint, activation_dtype: Dtype) -> Self {
+        Self {
+            source: Source::MadeUp(checkpoint),
             activation_dtype,
         }
     }
@@ -34,9 +51,11 @@ impl<'c> Weights<'c> {
     /// # Errors
     /// No such tensor, another shape or dtype, or taken before.
     pub fn take(&mut self, spec: &TensorSpec) -> Result<Array> {
-        let tensor = self
-            .reader
-            .take(&spec.name, &spec.shape, allowed_dtypes(spec.kind))?;
+        let reader = match &mut self.source {
+            Source::Files(reader) => reader,
+            Source::MadeUp(checkpoint) => return made_up(spec, checkpoint),
+        };
+        let tensor = reader.take(&spec.name, &spec.shape, allowed_dtypes(spec.kind))?;
         to_array(tensor).with_context(|| format!("loading the tensor {}", spec.name))
     }
 
@@ -47,7 +66,10 @@ impl<'c> Weights<'c> {
 
     /// Ends the loading: what was taken must be what was planned.
     pub fn finish<'p>(self, planned: impl IntoIterator<Item = &'p str>) -> Result<Consumed> {
-        Ok(self.reader.finish(planned)?)
+        match self.source {
+            Source::Files(reader) => Ok(reader.finish(planned)?),
+            Source::MadeUp(_) => bail!("made-up weights are no part of a plan"),
+        }
     }
 }
 
@@ -62,19 +84,45 @@ pub fn allowed_dtypes(kind: ElementKind) -> &'static [safetensors::Dtype] {
 
 /// Reads a tensor into an array of the same shape and dtype.
 fn to_array(tensor: Tensor) -> Result<Array> {
-    let dtype = match tensor.dtype() {
+    let (shape, dtype) = (to_mlx_shape(tensor.shape())?, to_mlx_dtype(tensor.dtype())?);
+    let fill = Box::new(move |bytes: &mut [u8]| Ok(tensor.read(bytes)?));
+    filled(&shape, dtype, fill)
+}
+
+/// An array of the spec's shape, in the dtype of the checkpoint's tensor of that name.
+fn made_up(spec: &TensorSpec, checkpoint: &Checkpoint) -> Result<Array> {
+    let info = checkpoint
+        .get(&spec.name)
+        .with_context(|| format!("the checkpoint has no tensor {}", spec.name))?;
+    let dtype = to_mlx_dtype(info.dtype)?;
+    // 2^-7 in each dtype; codes are bits without order.
+    let pattern: &[u8] = match dtype {
+        Dtype::Float32 => &[0, 0, 0, 0x3C],
+        Dtype::Float16 => &[0, 0x20],
+        Dtype::Bfloat16 => &[0, 0x3C],
+        _ => &[0x3A, 0xC5, 0x96, 0x69, 0x1E, 0xE1, 0x78, 0x87],
+    };
+    let fill = Box::new(move |bytes: &mut [u8]| {
+        for piece in bytes.chunks_mut(pattern.len()) {
+            piece.copy_from_slice(&pattern[..piece.len()]);
+        }
+        Ok(())
+    });
+    filled(&to_mlx_shape(&spec.shape)?, dtype, fill)
+}
+
+fn to_mlx_dtype(dtype: safetensors::Dtype) -> Result<Dtype> {
+    Ok(match dtype {
         safetensors::Dtype::U32 => Dtype::Uint32,
         safetensors::Dtype::F32 => Dtype::Float32,
         safetensors::Dtype::F16 => Dtype::Float16,
         safetensors::Dtype::BF16 => Dtype::Bfloat16,
         other => bail!("dtype {other} cannot be an array of this model"),
-    };
-    let shape = tensor
-        .shape()
-        .iter()
-        .map(|&dimension| i32::try_from(dimension))
-        .collect::<Result<Vec<i32>, _>>()
-        .context("a dimension is over 2^31")?;
-    let fill = Box::new(move |bytes: &mut [u8]| Ok(tensor.read(bytes)?));
-    filled(&shape, dtype, fill)
+    })
+}
+
+fn to_mlx_shape(shape: &[usize]) -> Result<Vec<i32>> {
+    let dims = shape.iter().map(|&dimension| i32::try_from(dimension));
+    dims.collect::<Result<_, _>>()
+        .context("a dimension is over 2^31")
 }

@@ -5,10 +5,10 @@
 
 use sha2::{Digest, Sha256};
 
-use super::{Footprint, Plan, Stage};
+use super::{DeviceCost, Footprint, LinkCost, LinkCosts, Plan, Stage, StageTime};
 
 /// First bytes of the encoding. Raise the number whenever a field is added or changes meaning.
-const MAGIC: &[u8] = b"mlx-pipe plan 2\0";
+const MAGIC: &[u8] = b"mlx-pipe plan 3\0";
 
 impl Plan {
     /// Every field of the plan as bytes: integers as little-endian u64, texts with their length
@@ -23,6 +23,9 @@ impl Plan {
         out.number(self.model_bytes);
         out.number(self.context_tokens);
         out.number(self.sequences);
+        out.number(self.hidden_row_bytes);
+        out.text(self.times.name());
+        out.option(self.links.as_ref(), Encoder::links);
         out.number(self.stages.len() as u64);
         self.stages.iter().for_each(|stage| out.stage(stage));
         out.0
@@ -51,10 +54,19 @@ impl Encoder {
         self.0.extend_from_slice(value.as_bytes());
     }
 
+    /// Whether it is there, and then what it is.
+    fn option<T>(&mut self, value: Option<&T>, encode: impl FnOnce(&mut Self, &T)) {
+        self.number(value.is_some().into());
+        if let Some(value) = value {
+            encode(self, value);
+        }
+    }
+
     fn stage(&mut self, stage: &Stage) {
         self.text(&stage.device.name);
         self.number(stage.device.memory_limit_bytes);
         self.number(stage.device.speed);
+        self.option(stage.device.cost.as_ref(), Self::cost);
         self.number(stage.layers.start as u64);
         self.number(stage.layers.end as u64);
         self.number(stage.role.owns().len() as u64);
@@ -64,8 +76,52 @@ impl Encoder {
             .iter()
             .for_each(|component| self.text(component));
         self.footprint(&stage.footprint);
-        self.number(stage.time.bytes);
-        self.number(stage.time.speed);
+        self.time(stage.time);
+    }
+
+    fn time(&mut self, time: StageTime) {
+        let (kind, first, second) = match time {
+            StageTime::Nanoseconds(ns) => (0, ns, 1),
+            StageTime::Relative { bytes, speed } => (1, bytes, speed),
+        };
+        [kind, first, second]
+            .into_iter()
+            .for_each(|number| self.number(number));
+    }
+
+    fn cost(&mut self, cost: &DeviceCost) {
+        let DeviceCost {
+            layer,
+            layer_bytes,
+            context_ns,
+            head_ns,
+            step_ns,
+            crowding_per_mille,
+        } = cost;
+        self.number(layer.len() as u64);
+        for point in layer {
+            self.number(point.tokens);
+            self.number(point.ns);
+        }
+        let numbers = [
+            layer_bytes,
+            context_ns,
+            head_ns,
+            step_ns,
+            crowding_per_mille,
+        ];
+        numbers.into_iter().for_each(|number| self.number(*number));
+    }
+
+    fn links(&mut self, links: &LinkCosts) {
+        self.number(links.forward.len() as u64);
+        links.forward.iter().for_each(|link| self.link(link));
+        self.link(&links.back);
+    }
+
+    fn link(&mut self, link: &LinkCost) {
+        self.number(link.latency_ns);
+        self.number(link.bytes_per_s);
     }
 
     fn footprint(&mut self, footprint: &Footprint) {

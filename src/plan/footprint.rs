@@ -8,7 +8,7 @@ use std::ops::Range;
 
 use serde::Serialize;
 
-use super::{Device, Head, ModelShape, PlanError, PlanRequest, Role, Stage};
+use super::{Device, DeviceCost, Head, ModelShape, PlanError, PlanRequest, Role, Stage};
 
 /// Bytes that a rank holds, by component.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
@@ -40,32 +40,63 @@ impl Footprint {
     }
 }
 
-/// Predicted time of one step: a decode step is bound by reading its weights once, so it takes
-/// `bytes / speed`. Kept as a fraction and compared exactly.
+/// Predicted time of one rank's part of a step of one token while the pipeline is full. All stages of
+/// a plan are of one kind: nanoseconds where every device's costs are known, else bytes over speeds
+/// that only compare.
 #[derive(Clone, Copy, Debug)]
-pub struct StageTime {
-    /// Weight bytes read in a step: layers, norm and head. An embedding lookup reads a few rows
-    /// only and counts as nothing.
-    pub bytes: u64,
-    /// The device's speed; above zero.
-    pub speed: u64,
+pub enum StageTime {
+    /// Nanoseconds, the crowding of ranks on one host included.
+    Nanoseconds(u64),
+    /// A decode step is bound by reading its weights once, so it takes `bytes / speed`. Kept as a
+    /// fraction and compared exactly.
+    Relative {
+        /// Weight bytes read in a step: layers, norm and head. An embedding lookup reads a few rows
+        /// only and counts as nothing.
+        bytes: u64,
+        /// The device's speed; above zero.
+        speed: u64,
+    },
 }
 
 impl StageTime {
-    /// This time as a share of `whole`; for printing.
+    /// This time as a share of `whole`, which is of the same kind; for printing.
     pub fn share_of(self, whole: Self) -> f64 {
-        if whole.bytes == 0 {
-            return 1.0;
+        let ((ours, our_speed), (whole, its_speed)) = (self.fraction(), whole.fraction());
+        match whole {
+            0 => 1.0,
+            _ => (ours as f64 / whole as f64) * (its_speed as f64 / our_speed as f64),
         }
-        let ratio = self.bytes as f64 / whole.bytes as f64;
-        ratio * (whole.speed as f64 / self.speed as f64)
+    }
+
+    /// The time in nanoseconds, if it is known.
+    pub fn ns(self) -> Option<u64> {
+        match self {
+            Self::Nanoseconds(ns) => Some(ns),
+            Self::Relative { .. } => None,
+        }
+    }
+
+    fn fraction(self) -> (u64, u64) {
+        match self {
+            Self::Nanoseconds(ns) => (ns, 1),
+            Self::Relative { bytes, speed } => (bytes, speed),
+        }
+    }
+
+    /// Nanoseconds and shares do not compare; ordering by kind first keeps the order total.
+    fn is_relative(self) -> bool {
+        matches!(self, Self::Relative { .. })
     }
 }
 
 impl Ord for StageTime {
     fn cmp(&self, other: &Self) -> Ordering {
-        let ours = u128::from(self.bytes) * u128::from(other.speed);
-        ours.cmp(&(u128::from(other.bytes) * u128::from(self.speed)))
+        let ((ours, our_speed), (theirs, their_speed)) = (self.fraction(), other.fraction());
+        let ours = u128::from(ours) * u128::from(their_speed);
+        let by_time = || ours.cmp(&(u128::from(theirs) * u128::from(our_speed)));
+        self.is_relative()
+            .cmp(&other.is_relative())
+            .then_with(by_time)
     }
 }
 
@@ -93,6 +124,8 @@ pub(super) struct Ledger<'a> {
     pub(super) model_bytes: u64,
     /// KV bytes of one layer for all sequences.
     kv_bytes_per_layer: u64,
+    /// The costs of all devices, or none: those of some do not compare with the speeds of others.
+    costs: Option<Vec<&'a DeviceCost>>,
 }
 
 impl<'a> Ledger<'a> {
@@ -136,6 +169,7 @@ impl<'a> Ledger<'a> {
             shape,
             model_bytes,
             kv_bytes_per_layer,
+            costs: request.costs(),
         })
     }
 
@@ -169,13 +203,18 @@ impl<'a> Ledger<'a> {
 
     /// Predicted time of `rank` with `layers`.
     pub(super) fn time(&self, rank: usize, layers: &Range<usize>) -> StageTime {
-        let ends_bytes = if self.role(rank).owns_head() {
-            self.shape.norm_bytes + self.shape.head_step_bytes()
-        } else {
-            0
+        let owns_head = self.role(rank).owns_head();
+        let layers_bytes = self.layers_bytes(layers);
+        if let Some(costs) = &self.costs {
+            let cost = costs[rank];
+            return StageTime::Nanoseconds(cost.crowded(cost.step_ns(layers_bytes, owns_head)));
+        }
+        let ends_bytes = match owns_head {
+            true => self.shape.norm_bytes + self.shape.head_step_bytes(),
+            false => 0,
         };
-        StageTime {
-            bytes: self.layers_bytes(layers) + ends_bytes,
+        StageTime::Relative {
+            bytes: layers_bytes + ends_bytes,
             speed: self.devices[rank].speed,
         }
     }

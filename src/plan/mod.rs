@@ -7,16 +7,24 @@
 //!
 //! Reading order: this file (types and entry), `footprint` (what a stage holds and costs),
 //! `strategy` (where each strategy cuts), `balance` (the exact searches behind the strategies),
-//! `validate` (coverage and ownership), `shortfall` (what would fit when this does not),
-//! `encode` (fingerprint), `table` (for people).
+//! `validate` (coverage and ownership), `shortfall` (what would fit when this does not), `capacity`
+//! (what more would fit when it does), `encode` (fingerprint); `cost` (what computing and sending
+//! takes), `estimate` (the same guessed from a data sheet), `predict` (seconds), `tied` (where a tied
+//! table stands), `advice` (whether fewer ranks were faster); `table` and `outlook` (for people).
 
+mod advice;
 mod balance;
+mod capacity;
 mod cost;
 mod encode;
+mod estimate;
 mod footprint;
+mod outlook;
+mod predict;
 mod shortfall;
 mod strategy;
 mod table;
+mod tied;
 mod validate;
 
 #[cfg(test)]
@@ -25,13 +33,21 @@ mod tests;
 use std::fmt;
 use std::ops::Range;
 
-pub use cost::{DeviceCost, LinkCost, LinkCosts, StepCost};
+pub use advice::{Gain, gain_of_fewer};
+pub use capacity::Capacity;
+pub use cost::{Costs, DeviceCost, LinkCost, LinkCosts, StepCost, TimeSource};
+pub use estimate::Rates;
 use footprint::Ledger;
 pub use footprint::{Footprint, StageTime};
+pub use outlook::{outlook, what_if_table, without_line};
+pub use predict::{
+    DEFAULT_PREFILL_CHUNK, Prediction, Predictor, RequestTimes, SAMPLE_PROMPT_TOKENS,
+};
 pub use shortfall::{RankNeed, Shortfall};
 pub use strategy::{LayerRanges, ParseLayersError, ParseStrategyError, Strategy};
 use table::counted;
-pub use table::{memory_table, plan_table};
+pub use table::{Align, Table, memory_table, plan_table, printable};
+pub use tied::plan_choosing_table;
 pub use validate::{CoverError, check_cover, validate};
 
 /// Most layers a model may have: eight times the deepest model known today. It bounds the work a
@@ -51,6 +67,10 @@ pub struct ModelShape {
     pub head: Head,
     /// Bytes that one token's keys and values take in one layer's cache.
     pub kv_bytes_per_token_per_layer: u64,
+    /// Bytes of one token's hidden state as it travels from rank to rank.
+    pub hidden_row_bytes: u64,
+    /// Weights (numbers, whatever they are packed into) of all layers together.
+    pub layer_weights: u64,
 }
 
 /// Where the output head's weights come from.
@@ -112,6 +132,8 @@ pub struct Device {
     pub memory_limit_bytes: u64,
     /// Speed in any unit that all ranks share (bytes a second, cores); above zero.
     pub speed: u64,
+    /// What it needs for this model, where that is known. Counts only if it is known of all devices.
+    pub cost: Option<DeviceCost>,
 }
 
 /// The dtype in which activations travel from rank to rank.
@@ -165,6 +187,20 @@ pub struct PlanRequest<'a> {
     pub sequences: u64,
     /// Dtype of the activations between ranks.
     pub wire_dtype: WireDtype,
+    /// The links between the ranks, where they are known; predictions need them.
+    pub links: Option<LinkCosts>,
+    /// Where the devices' costs come from.
+    pub cost_source: TimeSource,
+}
+
+impl<'a> PlanRequest<'a> {
+    /// The costs of all devices; `None` as soon as one of them has none.
+    fn costs(&self) -> Option<Vec<&'a DeviceCost>> {
+        self.devices
+            .iter()
+            .map(|device| device.cost.as_ref())
+            .collect()
+    }
 }
 
 /// Where an embedding table that serves as head too is held.
@@ -174,6 +210,8 @@ pub enum TiedTable {
     Once,
     /// On the first and the last rank: no embedding travels.
     Both,
+    /// Once, unless both is predicted to be clearly faster; see [`plan_choosing_table`].
+    Auto,
 }
 
 /// Which rank turns token ids into hidden states.
@@ -286,9 +324,38 @@ pub struct Plan {
     pub context_tokens: u64,
     /// Sequences whose KV cache is held at the same time.
     pub sequences: u64,
+    /// Bytes of one token's hidden state as it travels from rank to rank.
+    pub hidden_row_bytes: u64,
+    /// The links between the ranks, where they are known.
+    pub links: Option<LinkCosts>,
+    /// What the times of the stages rest on.
+    pub times: TimeSource,
 }
 
 impl Plan {
+    /// The model as planned: `asked`, with a tied table where the plan has put it.
+    pub fn shape_of(&self, asked: &ModelShape) -> ModelShape {
+        let head = match (asked.head, self.lookup) {
+            (Head::Own { bytes }, _) => Head::Own { bytes },
+            (Head::Tied | Head::TiedOnce, Lookup::OnFirst) => Head::Tied,
+            (Head::Tied | Head::TiedOnce, Lookup::OnLast) => Head::TiedOnce,
+        };
+        ModelShape {
+            head,
+            ..asked.clone()
+        }
+    }
+
+    /// The layers of each rank, as `--layers` takes them.
+    pub fn layer_ranges(&self) -> LayerRanges {
+        LayerRanges(
+            self.stages
+                .iter()
+                .map(|stage| stage.layers.clone())
+                .collect(),
+        )
+    }
+
     /// Weight bytes of all ranks together. More than [`Plan::model_bytes`] by one table when a
     /// tied table stands on two ranks.
     pub fn weights_bytes(&self) -> u64 {
@@ -390,6 +457,24 @@ pub enum PlanError {
         /// Sequences held at the same time.
         sequences: u64,
     },
+    /// A device's costs contradict themselves.
+    #[error("rank {rank} ({name}): the measured times make no sense: {fault}; calibrate again")]
+    Cost {
+        /// The rank.
+        rank: usize,
+        /// The device's name.
+        name: String,
+        /// What is wrong.
+        fault: &'static str,
+    },
+    /// Not one link from each rank to the next.
+    #[error("times of {found} links for {ranks} ranks; expected {}, one from each rank to the next", ranks - 1)]
+    Links {
+        /// Ranks.
+        ranks: usize,
+        /// Links.
+        found: usize,
+    },
     /// Ranges given by hand do not cover the model.
     #[error(transparent)]
     Cover(#[from] CoverError),
@@ -406,6 +491,8 @@ impl PlanError {
             Self::NoLayers
             | Self::TooManyLayers { .. }
             | Self::ZeroSpeed { .. }
+            | Self::Cost { .. }
+            | Self::Links { .. }
             | Self::TooLarge { .. }
             | Self::DoesNotFit(_) => false,
         }
@@ -435,6 +522,12 @@ pub fn plan(request: &PlanRequest<'_>) -> Result<Plan, PlanError> {
         model_bytes: ledger.model_bytes,
         context_tokens: request.context_tokens,
         sequences: request.sequences,
+        hidden_row_bytes: request.shape.hidden_row_bytes,
+        links: request.links.clone(),
+        times: match request.costs() {
+            Some(_) => request.cost_source,
+            None => TimeSource::Relative,
+        },
     };
     validate(&plan, request.shape.layer_count())?;
     Ok(plan)
@@ -449,10 +542,28 @@ fn check_request(request: &PlanRequest<'_>) -> Result<(), PlanError> {
         _ if ranks > layers => return Err(PlanError::MoreRanksThanLayers { ranks, layers }),
         _ => {}
     }
-    match request.devices.iter().position(|device| device.speed == 0) {
-        Some(rank) => Err(PlanError::ZeroSpeed {
+    for (rank, device) in request.devices.iter().enumerate() {
+        check_device(rank, device)?;
+    }
+    match &request.links {
+        Some(links) if links.forward.len() != ranks - 1 => Err(PlanError::Links {
+            ranks,
+            found: links.forward.len(),
+        }),
+        _ => Ok(()),
+    }
+}
+
+fn check_device(rank: usize, device: &Device) -> Result<(), PlanError> {
+    let name = || device.name.clone();
+    if device.speed == 0 {
+        return Err(PlanError::ZeroSpeed { rank, name: name() });
+    }
+    match device.cost.as_ref().and_then(DeviceCost::fault) {
+        Some(fault) => Err(PlanError::Cost {
             rank,
-            name: request.devices[rank].name.clone(),
+            name: name(),
+            fault,
         }),
         None => Ok(()),
     }

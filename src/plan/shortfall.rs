@@ -186,14 +186,14 @@ impl Shortfall {
 }
 
 /// Whether some cut of the request's strategy keeps every rank within its limit.
-fn fits(request: &PlanRequest<'_>) -> bool {
+pub(super) fn fits(request: &PlanRequest<'_>) -> bool {
     let ledger = Ledger::new(request);
     ledger.is_ok_and(|ledger| can_fit(&request.strategy, &ledger))
 }
 
 /// The largest number from 1 to `at_most` that holds; what holds for a number holds for all
 /// smaller ones.
-fn largest(at_most: u64, holds: impl Fn(u64) -> bool) -> Option<u64> {
+pub(super) fn largest(at_most: u64, holds: impl Fn(u64) -> bool) -> Option<u64> {
     let (mut good, mut bad) = (0, at_most.saturating_add(1));
     while bad - good > 1 {
         let middle = good + (bad - good) / 2;

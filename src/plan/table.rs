@@ -6,13 +6,15 @@
 use std::fmt;
 
 use super::strategy::ShowLayers;
-use super::{Plan, Role, Stage};
+use super::{Plan, Role, Stage, TimeSource};
 
 /// Widest line in characters.
 const WIDTH: usize = 80;
 const GAP: usize = 2;
 /// The column that is shortened when a line gets too long.
 const ELASTIC: &str = "host";
+/// The one of tables that name no hosts.
+const ELASTIC_SPLIT: &str = "split";
 
 /// Bytes in GB (1e9 bytes), rounded half up: three decimals, none from 1000 GB on.
 pub(super) fn gigabytes(bytes: u64) -> String {
@@ -49,26 +51,30 @@ pub(super) fn counted(count: u64, noun: &str) -> String {
 }
 
 /// `text` with control characters replaced: names come from files and other hosts.
-pub(super) fn printable(text: &str) -> String {
+pub fn printable(text: &str) -> String {
     text.chars()
         .map(|c| if c.is_control() { '?' } else { c })
         .collect()
 }
 
+/// On which side of its column a cell stands.
 #[derive(Clone, Copy)]
-pub(super) enum Align {
+pub enum Align {
+    /// Texts.
     Left,
+    /// Numbers.
     Right,
 }
 
 /// Rows of text under headings, laid out when displayed.
-pub(super) struct Table {
+pub struct Table {
     columns: Vec<(&'static str, Align)>,
     rows: Vec<Vec<String>>,
 }
 
 impl Table {
-    pub(super) fn new(columns: &[(&'static str, Align)]) -> Self {
+    /// An empty table with these headings. The column headed `host` gives way where a line gets long.
+    pub fn new(columns: &[(&'static str, Align)]) -> Self {
         Self {
             columns: columns.to_vec(),
             rows: Vec::new(),
@@ -76,7 +82,7 @@ impl Table {
     }
 
     /// Adds a row with one cell a column.
-    pub(super) fn row(&mut self, cells: Vec<String>) {
+    pub fn row(&mut self, cells: Vec<String>) {
         debug_assert_eq!(cells.len(), self.columns.len());
         self.rows.push(cells);
     }
@@ -89,7 +95,11 @@ impl Table {
         };
         let mut widths: Vec<usize> = self.columns.iter().enumerate().map(width).collect();
         let line = widths.iter().sum::<usize>() + GAP * widths.len().saturating_sub(1);
-        if let Some(column) = self.columns.iter().position(|(title, _)| *title == ELASTIC) {
+        if let Some(column) = self
+            .columns
+            .iter()
+            .position(|(title, _)| [ELASTIC, ELASTIC_SPLIT].contains(title))
+        {
             widths[column] = widths[column]
                 .saturating_sub(line.saturating_sub(WIDTH))
                 .max(4);
@@ -125,7 +135,7 @@ impl fmt::Display for Table {
 }
 
 /// `text` in at most `width` characters, the cut marked with `~`.
-fn shorten(text: &str, width: usize) -> String {
+pub(super) fn shorten(text: &str, width: usize) -> String {
     if text.chars().count() <= width {
         return text.to_owned();
     }
@@ -177,12 +187,24 @@ fn heading(plan: &Plan) -> String {
         false => format!("{} (chose {})", plan.strategy, plan.chosen),
     };
     format!(
-        "plan {}: {strategy}, context {}, sequences {}, wire {}\n\
-         sizes in GB = 1e9 bytes; step = busy share of a full pipeline's step\n",
+        "plan {}: {strategy}, {}sizes in GB = 1e9 bytes; step = busy share of a full pipeline's step\n",
         &plan.fingerprint_hex()[..12],
-        plan.context_tokens,
-        plan.sequences,
-        plan.wire_dtype,
+        conditions(plan),
+    )
+}
+
+/// What the plan was made for, and what its times rest on: two lines.
+pub(super) fn conditions(plan: &Plan) -> String {
+    let times = match plan.times {
+        TimeSource::Measured => "measured on these machines",
+        TimeSource::Estimated => "estimated from the cluster file's bandwidths",
+        TimeSource::Relative => {
+            "relative, by number of cores; a run with --calibrate measures them"
+        }
+    };
+    format!(
+        "context {}, sequences {}, wire {}\ntimes: {times}\n",
+        plan.context_tokens, plan.sequences, plan.wire_dtype
     )
 }
 
@@ -223,7 +245,7 @@ fn summary(plan: &Plan) -> String {
     )
 }
 
-fn percent(share: f64) -> String {
+pub(super) fn percent(share: f64) -> String {
     format!("{:.0} %", share * 100.0)
 }
 

@@ -20,6 +20,8 @@ fn qwen3() -> ModelShape {
         norm_bytes: 4096,
         head: Head::Tied,
         kv_bytes_per_token_per_layer: 2 * 8 * 128 * 4,
+        hidden_row_bytes: 8192,
+        layer_weights: 28 * 50_331_648,
     }
 }
 
@@ -30,6 +32,8 @@ fn equal_layers(layers: usize, head: Head) -> ModelShape {
         norm_bytes: 1,
         head,
         kv_bytes_per_token_per_layer: 3,
+        hidden_row_bytes: 40,
+        layer_weights: 90 * layers as u64,
     }
 }
 
@@ -38,6 +42,7 @@ fn device(memory_limit_bytes: u64, speed: u64) -> Device {
         name: "host".to_owned(),
         memory_limit_bytes,
         speed,
+        cost: None,
     }
 }
 
@@ -62,11 +67,35 @@ fn request<'a>(
         context_tokens,
         sequences,
         wire_dtype: WireDtype::F32,
+        links: None,
+        cost_source: TimeSource::Measured,
     }
 }
 
 fn counts(plan: &Plan) -> Vec<usize> {
     plan.stages.iter().map(|stage| stage.layers.len()).collect()
+}
+
+fn read_bytes(time: StageTime) -> u64 {
+    match time {
+        StageTime::Relative { bytes, .. } => bytes,
+        StageTime::Nanoseconds(ns) => panic!("{ns} ns where no costs are known"),
+    }
+}
+
+/// A device that takes so long for one token in a layer of 100 bytes.
+fn timed(layer_ns: u64) -> DeviceCost {
+    DeviceCost {
+        layer: vec![StepCost {
+            tokens: 1,
+            ns: layer_ns,
+        }],
+        layer_bytes: 100,
+        context_ns: 0,
+        head_ns: 0,
+        step_ns: 0,
+        crowding_per_mille: 1000,
+    }
 }
 
 fn by_hand(text: &str) -> Strategy {
@@ -131,6 +160,23 @@ fn plain_bytes(request: &PlanRequest<'_>, rank: usize, layers: &Range<usize>) ->
     (held, read)
 }
 
+/// One rank's time, plainly: relative to all speeds' product, or crowded nanoseconds.
+fn plain_time(request: &PlanRequest<'_>, rank: usize, layers: &Range<usize>) -> u128 {
+    let devices = request.devices;
+    if devices.iter().all(|device| device.cost.is_some()) {
+        let cost = devices[rank].cost.as_ref().unwrap();
+        let bytes: u64 = request.shape.layer_bytes[layers.clone()].iter().sum();
+        let mut ns = cost.layer[0].ns * bytes / cost.layer_bytes + cost.step_ns;
+        if rank + 1 == devices.len() {
+            ns += cost.head_ns;
+        }
+        return u128::from(ns * cost.crowding_per_mille / 1000);
+    }
+    let speeds = devices.iter().map(|device| u128::from(device.speed));
+    let read = plain_bytes(request, rank, layers).1;
+    u128::from(read) * (speeds.product::<u128>() / u128::from(devices[rank].speed))
+}
+
 fn plainly_fits(request: &PlanRequest<'_>, cut: &[Range<usize>]) -> bool {
     cut.iter()
         .zip(request.devices)
@@ -147,18 +193,13 @@ fn cuts_that_fit(request: &PlanRequest<'_>) -> Vec<Vec<Range<usize>>> {
         .collect()
 }
 
-/// The best cut by trying all. Times are brought to one denominator, the product of all speeds.
+/// The best cut by trying all.
 fn balanced_by_brute_force(request: &PlanRequest<'_>) -> Option<Vec<Range<usize>>> {
-    let speeds: u128 = request
-        .devices
-        .iter()
-        .map(|device| u128::from(device.speed))
-        .product();
     let worst = |cut: &Vec<Range<usize>>| {
-        let stages = cut.iter().zip(request.devices).enumerate();
-        let scores = stages.map(|(rank, (layers, device))| {
-            let (held, read) = plain_bytes(request, rank, layers);
-            (u128::from(read) * (speeds / u128::from(device.speed)), held)
+        let stages = cut.iter().enumerate();
+        let scores = stages.map(|(rank, layers)| {
+            let held = plain_bytes(request, rank, layers).0;
+            (plain_time(request, rank, layers), held)
         });
         let (times, held): (Vec<u128>, Vec<u64>) = scores.unzip();
         let ends: Vec<usize> = cut.iter().map(|layers| layers.end).collect();
@@ -191,7 +232,12 @@ fn assert_sound(plan: &Plan, request: &PlanRequest<'_>) {
         stage.layers.clone().for_each(|layer| owners[layer] += 1);
         let (held, read) = plain_bytes(request, rank, &stage.layers);
         assert_eq!(stage.footprint.total_bytes(), held);
-        assert_eq!(stage.time.bytes, read);
+        match stage.time {
+            StageTime::Relative { bytes, .. } => assert_eq!(bytes, read),
+            StageTime::Nanoseconds(ns) => {
+                assert_eq!(u128::from(ns), plain_time(request, rank, &stage.layers));
+            }
+        }
         assert!(held <= request.devices[rank].memory_limit_bytes);
     }
     assert!(
@@ -251,6 +297,29 @@ fn uneven_hosts_get_every_layer_too() {
 }
 
 #[test]
+fn hosts_of_unequal_costs_get_every_layer_too() {
+    for layers in 1..=40 {
+        for ranks in 1..=layers.min(12) {
+            let shape = equal_layers(layers, Head::TiedOnce);
+            let uneven = |rank: u64| Device {
+                cost: Some(DeviceCost {
+                    head_ns: 900 * (rank % 4),
+                    step_ns: rank * rank % 5,
+                    crowding_per_mille: 1000 + 500 * (rank % 2),
+                    ..timed(1 + rank * rank % 7)
+                }),
+                ..device(100_000_000 * (1 + rank % 3), 1)
+            };
+            let devices: Vec<Device> = (0..ranks as u64).map(uneven).collect();
+            for strategy in Strategy::NAMED {
+                let request = request(&shape, &devices, strategy);
+                assert_sound(&plan(&request).unwrap(), &request);
+            }
+        }
+    }
+}
+
+#[test]
 fn uniform_counts_differ_by_at_most_one_and_early_ranks_get_more() {
     for layers in 1..=80 {
         for ranks in 1..=layers.min(16) {
@@ -285,7 +354,7 @@ fn qwen3_on_three_equal_hosts_is_11_12_5_because_of_the_head() {
     let (shape, devices) = (qwen3(), minis(3));
     let plan = plan(&request(&shape, &devices, Strategy::Balanced)).unwrap();
     assert_eq!(counts(&plan), [11, 12, 5]);
-    assert_eq!(plan.slowest().unwrap().bytes, 12 * 53_486_080);
+    assert_eq!(read_bytes(plan.slowest().unwrap()), 12 * 53_486_080);
 }
 
 #[test]
@@ -313,7 +382,7 @@ fn a_tied_table_is_counted_once_on_one_rank_and_twice_on_two() {
     assert_eq!(alone.stages[0].role, Role::Only);
     assert_eq!(alone.stages[0].footprint.head_bytes, 0);
     assert_eq!(alone.weights_bytes(), 1_828_227_072);
-    assert_eq!(alone.stages[0].time.bytes, 1_828_227_072);
+    assert_eq!(read_bytes(alone.stages[0].time), 1_828_227_072);
     assert_eq!(alone.memory_saved_bytes(), 0);
 
     let pair = plan(&request(&shape, &minis(2), Strategy::Balanced)).unwrap();
@@ -651,8 +720,145 @@ fn the_fingerprint_is_the_same_on_every_machine() {
     let plan = plan(&request(&shape, &devices, Strategy::Balanced)).unwrap();
     assert_eq!(
         plan.fingerprint_hex(),
-        "780d30a8a790018ea90ce1d9d8750748d88eb1f186e311433da29ecfa311c488"
+        "f7b15f4e173bdb572b2dded5c0ab89387fc35af6fe8bd314cf158b26e752cc0c"
     );
+}
+
+#[test]
+fn with_known_costs_balanced_counts_nanoseconds() {
+    // By cores alone the hosts are equal; the second one is measured to be three times slower.
+    let shape = ModelShape {
+        embedding_bytes: 0,
+        norm_bytes: 0,
+        ..equal_layers(8, Head::Tied)
+    };
+    let host = |cost| Device {
+        cost,
+        ..device(GIGABYTE, 5)
+    };
+    let known = [host(Some(timed(100))), host(Some(timed(300)))];
+    let made = plan(&request(&shape, &known, Strategy::Balanced)).unwrap();
+    assert_eq!(
+        (counts(&made), made.times),
+        (vec![6, 2], TimeSource::Measured)
+    );
+    assert_eq!(made.slowest(), Some(StageTime::Nanoseconds(600)));
+    // The costs of one alone compare with nothing.
+    let half_known = [host(Some(timed(100))), host(None)];
+    let made = plan(&request(&shape, &half_known, Strategy::Balanced)).unwrap();
+    assert_eq!(
+        (counts(&made), made.times),
+        (vec![4, 4], TimeSource::Relative)
+    );
+}
+
+#[test]
+fn costs_beyond_64_bits_are_no_wrap_and_no_panic() {
+    let shape = equal_layers(MAX_LAYERS, Head::Tied);
+    let vast = DeviceCost {
+        layer_bytes: 1,
+        context_ns: u64::MAX,
+        head_ns: u64::MAX,
+        step_ns: u64::MAX,
+        crowding_per_mille: u64::MAX,
+        ..timed(u64::MAX)
+    };
+    let devices = vec![
+        Device {
+            cost: Some(vast),
+            ..device(u64::MAX, u64::MAX)
+        };
+        3
+    ];
+    for strategy in Strategy::NAMED {
+        let made = plan(&PlanRequest {
+            links: links(&[(u64::MAX, 0), (1, 0)], (u64::MAX, 0)),
+            ..request(&shape, &devices, strategy)
+        });
+        let made = made.unwrap();
+        assert_eq!(made.slowest(), Some(StageTime::Nanoseconds(u64::MAX)));
+        assert!(made.predict(4096, 1).is_some());
+        made.predict_run(&[(100, u64::MAX)], 7).unwrap();
+    }
+}
+
+#[test]
+fn the_outlook_reads_as_intended() {
+    let (shape, mut devices) = (qwen3(), minis(3));
+    let rates = Rates {
+        bandwidth_bytes_per_s: 120_000_000_000,
+        flops_per_s: Some(4_300_000_000_000),
+    };
+    for device in &mut devices {
+        device.cost = Some(rates.cost(&shape, 1));
+    }
+    let request = PlanRequest {
+        links: links(&[(150_000, 125_000_000); 2], (150_000, 125_000_000)),
+        ..request(&shape, &devices, Strategy::Balanced)
+    };
+    let made = plan(&request).unwrap();
+    let expected = "\
+first token      0.742 s after 512 prompt tokens (690 a second)
+one stream       48.0 tokens/s, ranks idle 68 %
+full pipeline    150 tokens/s, ranks idle 5 %
+longest context  40960 at 1 sequence, the model's
+most sequences   28 at context 4096 (34 by another cut)
+";
+    assert_eq!(outlook(&made, &shape, 40960), expected);
+    let hosts = |hosts: usize| {
+        let links = links(
+            &[(150_000, 125_000_000); 2][..hosts - 1],
+            (150_000, 125_000_000),
+        );
+        let devices = &devices[..hosts];
+        (
+            hosts,
+            plan(&PlanRequest {
+                devices,
+                links,
+                ..request.clone()
+            }),
+        )
+    };
+    let mut plans = vec![hosts(1), hosts(2), hosts(3)];
+    plans[0] = (1, Err(PlanError::from(Box::new(shortfall_of_one(&shape)))));
+    let expected = "\
+context 4096, sequences 1, wire f32
+times: measured on these machines
+with the first ranks only: fullest rank in GB, one stream and full pipeline
+(in tokens a second)
+ranks  split                         fullest  stream  pipeline  first token
+    1  does not fit: lacks 1.768 GB        -       -         -            -
+    2  17/11                           1.810    48.5       104      0.709 s
+    3  11/12/5                         1.288    48.0       150      0.742 s
+";
+    assert_eq!(what_if_table(&plans), expected);
+}
+
+fn shortfall_of_one(shape: &ModelShape) -> Shortfall {
+    shortfall(&request(shape, &[device(GIGABYTE, 1)], Strategy::Balanced))
+}
+
+fn relative(bytes: u64, speed: u64) -> StageTime {
+    StageTime::Relative { bytes, speed }
+}
+
+fn changed_cost(change: fn(&mut DeviceCost)) -> Option<DeviceCost> {
+    let mut cost = timed(1);
+    change(&mut cost);
+    Some(cost)
+}
+
+/// Links of (ns, bytes a second).
+fn links(forward: &[(u64, u64)], back: (u64, u64)) -> Option<LinkCosts> {
+    let link = |(latency_ns, bytes_per_s): (u64, u64)| LinkCost {
+        latency_ns,
+        bytes_per_s,
+    };
+    Some(LinkCosts {
+        forward: forward.iter().copied().map(link).collect(),
+        back: link(back),
+    })
 }
 
 #[test]
@@ -681,8 +887,28 @@ fn the_fingerprint_differs_for_every_field_that_differs() {
         |p| p.stages[0].footprint.norm_bytes += 1,
         |p| p.stages[0].footprint.head_bytes += 1,
         |p| p.stages[0].footprint.kv_bytes += 1,
-        |p| p.stages[0].time.bytes += 1,
-        |p| p.stages[0].time.speed += 1,
+        |p| p.stages[0].time = StageTime::Nanoseconds(588_346_880),
+        |p| p.stages[0].time = relative(588_346_881, 10),
+        |p| p.stages[0].time = relative(588_346_880, 11),
+        |p| p.hidden_row_bytes += 1,
+        |p| p.times = TimeSource::Measured,
+        |p| p.times = TimeSource::Estimated,
+        |p| p.stages[0].device.cost = Some(timed(1)),
+        |p| p.stages[1].device.cost = Some(timed(1)),
+        |p| p.stages[0].device.cost = Some(timed(2)),
+        |p| p.stages[0].device.cost = changed_cost(|c| c.layer[0].tokens += 1),
+        |p| p.stages[0].device.cost = changed_cost(|c| c.layer.push(c.layer[0])),
+        |p| p.stages[0].device.cost = changed_cost(|c| c.layer_bytes += 1),
+        |p| p.stages[0].device.cost = changed_cost(|c| c.context_ns += 1),
+        |p| p.stages[0].device.cost = changed_cost(|c| c.head_ns += 1),
+        |p| p.stages[0].device.cost = changed_cost(|c| c.step_ns += 1),
+        |p| p.stages[0].device.cost = changed_cost(|c| c.crowding_per_mille += 1),
+        |p| p.links = links(&[(1, 1), (1, 1)], (1, 1)),
+        |p| p.links = links(&[(1, 1)], (1, 1)),
+        |p| p.links = links(&[(1, 1), (2, 1)], (1, 1)),
+        |p| p.links = links(&[(1, 1), (1, 2)], (1, 1)),
+        |p| p.links = links(&[(1, 1), (1, 1)], (2, 1)),
+        |p| p.links = links(&[(1, 1), (1, 1)], (1, 2)),
     ];
     let changed = changes.iter().map(|change| {
         let mut plan = plan.clone();
@@ -698,7 +924,8 @@ fn the_plan_table_reads_as_intended() {
     let (shape, devices) = (qwen3(), minis(3));
     let plan = plan(&request(&shape, &devices, Strategy::Balanced)).unwrap();
     let expected = "\
-plan 780d30a8a790: balanced, context 4096, sequences 1, wire f32
+plan f7b15f4e173b: balanced, context 4096, sequences 1, wire f32
+times: relative, by number of cores; a run with --calibrate measures them
 sizes in GB = 1e9 bytes; step = busy share of a full pipeline's step
 rank  host         layers      owns        weights     KV  total   limit   step
    0  mini1.local  0-10    11  embedding     0.919  0.369  1.288  12.000   92 %
@@ -788,21 +1015,39 @@ fn tables_keep_to_80_columns_whatever_the_names_and_sizes() {
         layer_bytes: vec![900 * GIGABYTE; 126],
         ..qwen3()
     };
-    for limit_bytes in [GIGABYTE, 90_000 * GIGABYTE] {
+    let vast = DeviceCost {
+        layer_bytes: GIGABYTE,
+        ..timed(u64::MAX)
+    };
+    let costs = [None, Some(timed(7)), Some(vast)];
+    let limits = [GIGABYTE, 90_000 * GIGABYTE];
+    for (limit_bytes, cost) in limits
+        .into_iter()
+        .flat_map(|l| costs.clone().map(|c| (l, c)))
+    {
         let named = Device {
             name: long.to_owned(),
+            cost,
             ..device(limit_bytes, 3)
         };
         for ranks in 1..=16 {
             let devices = vec![named.clone(); ranks];
             let request = PlanRequest {
                 context_tokens: 1_000_000,
+                links: links(&vec![(1, 1); ranks - 1], (1, u64::MAX)),
                 ..request(&shape, &devices, Strategy::Auto)
             };
-            let text = match plan(&request) {
-                Ok(plan) => plan_table(&plan) + &memory_table(&plan),
-                Err(error) => error.to_string(),
+            let made = plan(&request);
+            let text = match &made {
+                Ok(plan) => [
+                    plan_table(plan),
+                    memory_table(plan),
+                    outlook(plan, &shape, 2_000_000),
+                ]
+                .concat(),
+                Err(error) => format!("{error}\n"),
             };
+            let text = text + &what_if_table(&[(ranks, made)]);
             for line in text.lines() {
                 assert!(
                     line.chars().count() <= 80,
@@ -910,14 +1155,30 @@ fn small_case() -> impl PropStrategy<Value = (ModelShape, Vec<Device>, u64, u64)
             norm_bytes,
             head,
             kv_bytes_per_token_per_layer: kv,
+            hidden_row_bytes: 40,
+            layer_weights: 9,
         },
     );
-    let devices = prop::collection::vec((20_u64..200, 1_u64..6), 1..=4);
-    let devices = devices.prop_map(|devices| {
-        devices
-            .into_iter()
-            .map(|(limit_bytes, speed)| device(limit_bytes, speed))
-            .collect()
+    let cost = (1_u64..90, 1_u64..20, 0_u64..200, 0_u64..50, 1000_u64..3000);
+    let cost = cost.prop_map(
+        |(layer_ns, layer_bytes, head_ns, step_ns, crowding_per_mille)| DeviceCost {
+            layer_bytes,
+            head_ns,
+            step_ns,
+            crowding_per_mille,
+            ..timed(layer_ns)
+        },
+    );
+    let one = (20_u64..200, 1_u64..6, cost);
+    // In one case in three no costs are known, in another those of the first device only.
+    let devices = (prop::collection::vec(one, 1..=4), 0..3);
+    let devices = devices.prop_map(|(devices, known): (Vec<(u64, u64, DeviceCost)>, i32)| {
+        let known = |rank: usize| known == 2 || (known == 1 && rank == 0);
+        let host = |(rank, (limit_bytes, speed, cost))| Device {
+            cost: known(rank).then_some(cost),
+            ..device(limit_bytes, speed)
+        };
+        devices.into_iter().enumerate().map(host).collect()
     });
     (shape, devices, 0_u64..4, 0_u64..4).prop_filter(
         "ranks <= layers",

@@ -158,6 +158,32 @@ impl Ran {
     }
 }
 
+/// A checkpoint of a published shape with random weights, made by `scripts/make-checkpoint` and kept for the
+/// next time.
+pub fn random_checkpoint(shape: &str, bits: u32, layers: usize) -> PathBuf {
+    let dir =
+        Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("{shape}-{bits}bit-{layers}layers"));
+    // Written last, so the others are whole where it is.
+    if dir.join("config.json").exists() {
+        return dir;
+    }
+    let _ = std::fs::remove_dir_all(&dir);
+    let made = Command::new("python3")
+        .arg(root().join("scripts/make-checkpoint"))
+        .args(["--shape", shape, "--bits", &bits.to_string()])
+        .args(["--layers", &layers.to_string()])
+        .arg(&dir)
+        .env("PYTHONPATH", root().join(".mlx/python"))
+        .output()
+        .unwrap();
+    assert!(
+        made.status.success(),
+        "{}",
+        String::from_utf8_lossy(&made.stderr)
+    );
+    dir
+}
+
 /// The program alone.
 pub fn program() -> Command {
     Command::new(PROGRAM)

@@ -8,16 +8,16 @@ use std::path::Path;
 use serde::{Deserialize, Serialize};
 
 use super::file::{Modified, WeightFile};
-use super::{Checkpoint, CheckpointError, Header, MAX_HEADER_BYTES};
+use super::{Checkpoint, CheckpointError, Header, Headers, MAX_HEADER_BYTES};
 
 /// Everything that [`Checkpoint::open`] learns from weight files.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Outline {
-    files: Vec<OutlinedFile>,
+pub struct HeaderTexts {
+    files: Vec<FileText>,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-struct OutlinedFile {
+struct FileText {
     name: String,
     bytes: u64,
     modified: Modified,
@@ -25,7 +25,7 @@ struct OutlinedFile {
     header: String,
 }
 
-impl Outline {
+impl HeaderTexts {
     /// The checkpoint, read and checked as its headers would be in the files; `dir` names its place in
     /// messages.
     ///
@@ -33,7 +33,7 @@ impl Outline {
     ///
     /// A header that breaks a rule of the format, or a tensor in two files.
     pub fn into_checkpoint(self, dir: &Path) -> Result<Checkpoint, CheckpointError> {
-        let mut checkpoint = Checkpoint {
+        let mut headers = Headers {
             dir: dir.to_owned(),
             files: Vec::new(),
             tensors: Default::default(),
@@ -43,9 +43,9 @@ impl Outline {
             let length = (told.header.len() as u64).to_le_bytes();
             let head = length.chain(told.header.as_bytes());
             let header = Header::read(head, told.bytes, &file.path)?;
-            checkpoint.add(file, &header)?;
+            headers.add(file, &header)?;
         }
-        Ok(checkpoint)
+        Ok(Checkpoint(headers))
     }
 }
 
@@ -55,13 +55,13 @@ impl Checkpoint {
     /// # Errors
     ///
     /// A file that has changed since it was opened, or cannot be read.
-    pub fn outline(&self) -> Result<Outline, CheckpointError> {
-        let files = self.files.iter().map(outlined).collect::<Result<_, _>>()?;
-        Ok(Outline { files })
+    pub fn header_texts(&self) -> Result<HeaderTexts, CheckpointError> {
+        let files = self.files.iter().map(text_of).collect::<Result<_, _>>()?;
+        Ok(HeaderTexts { files })
     }
 }
 
-fn outlined(file: &WeightFile) -> Result<OutlinedFile, CheckpointError> {
+fn text_of(file: &WeightFile) -> Result<FileText, CheckpointError> {
     let failed = |cause| CheckpointError::Io {
         action: "read the header of",
         path: file.path.clone(),
@@ -78,7 +78,7 @@ fn outlined(file: &WeightFile) -> Result<OutlinedFile, CheckpointError> {
         path: file.path.clone(),
         position: cause.utf8_error().valid_up_to(),
     })?;
-    Ok(OutlinedFile {
+    Ok(FileText {
         name: file.name.clone(),
         bytes: file.bytes(),
         modified: file.modified(),
