@@ -154,6 +154,15 @@ pub struct RunOptions {
     #[command(flatten)]
     pub model: ModelOptions,
 
+    /// Keep each rank's tensors in a file of this directory of its host, and read only that at later starts
+    #[arg(long, value_name = "DIR", help_heading = "Model and plan")]
+    pub shard_cache: Option<PathBuf>,
+
+    /// The rank that has the model: hosts without it get their ranks' tensors from there, once, and keep
+    /// them in the shard cache [default of --shard-cache then: ~/.cache/mlx-pipe/shards]
+    #[arg(long, value_name = "RANK", help_heading = "Model and plan")]
+    pub weights_from: Option<usize>,
+
     /// How to sample.
     #[command(flatten)]
     pub sampling: SamplingOptions,
@@ -196,6 +205,15 @@ pub struct RunOptions {
 }
 
 impl RunOptions {
+    /// What must be the same on all ranks: [`ModelOptions::plan_options`], whether to measure, and who gives weights to whom.
+    pub fn shared_options(&self) -> String {
+        let weights_from = self.weights_from;
+        format!(
+            "{} --weights-from {weights_from:?}",
+            self.model.plan_options()
+        )
+    }
+
     /// [`Self::step_timeout`] as a duration.
     pub fn step_limit(&self) -> Duration {
         Duration::from_secs(self.step_timeout)

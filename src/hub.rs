@@ -1,5 +1,5 @@
 //! From `--model` to a directory on this host: a path, or an id in the local Hugging Face cache, or,
-//! where a network is there, a download into that cache.
+//! where a network is there, a download into that cache. And where weights are kept that another rank sent.
 
 use crate::agree::Usage;
 use crate::checkpoint::{Checkpoint, CheckpointError};
@@ -8,6 +8,7 @@ use hf_hub::Cache;
 use hf_hub::api::sync::{ApiBuilder, ApiError};
 use serde::{Deserialize, Serialize};
 use std::path::{Path, PathBuf};
+use tracing::info;
 
 /// The file without which a directory is no checkpoint.
 const CONFIG: &str = "config.json";
@@ -48,6 +49,54 @@ pub fn find(model: &str) -> Result<Found> {
         Some(dir) => Found::Cached(dir),
         None => Found::NotCached(model.to_owned()),
     })
+}
+
+/// The directory of a model, if this host has one: for a rank that gets from another what it lacks.
+///
+/// # Errors
+/// A file in the directory's place, or weights in the cache that are damaged.
+pub fn find_here(model: &str) -> Result<Option<PathBuf>> {
+    if !Path::new(model).exists() && !is_id(model) {
+        return Ok(None);
+    }
+    Ok(match find(model)? {
+        Found::Directory(dir) | Found::Cached(dir) => Some(dir),
+        Found::NotCached(_) => None,
+    })
+}
+
+/// The directory of what was found, downloaded if need be.
+///
+/// # Errors
+/// As [`download`].
+pub fn fetch(found: Found) -> Result<PathBuf> {
+    match found {
+        Found::Directory(dir) | Found::Cached(dir) => Ok(dir),
+        Found::NotCached(id) => {
+            info!(id, "downloading");
+            download(&id)
+        }
+    }
+}
+
+/// Where received weights are kept: in the directory named, else in `mlx-pipe/shards` in the user's cache.
+///
+/// # Errors
+/// None is named, and neither `XDG_CACHE_HOME` nor `HOME` is set.
+pub fn cache_dir_or_default(named: Option<&Path>) -> Result<PathBuf> {
+    if let Some(dir) = named {
+        return Ok(dir.to_owned());
+    }
+    let set = |name: &str| std::env::var_os(name).filter(|value| !value.is_empty());
+    let cache = match (set("XDG_CACHE_HOME"), set("HOME")) {
+        (Some(cache), _) => PathBuf::from(cache),
+        (None, Some(home)) => Path::new(&home).join(".cache"),
+        (None, None) => bail!(
+            "no directory to keep received weights in: neither XDG_CACHE_HOME nor HOME is set; give one with \
+             --shard-cache"
+        ),
+    };
+    Ok(cache.join("mlx-pipe").join("shards"))
 }
 
 /// Downloads a model's files into the cache and returns their directory. The configuration comes last, so

@@ -5,7 +5,8 @@
 //! 1. [`cli`] reads the command line; [`session`] takes a rank from the start of MPI to the report.
 //! 2. [`cluster`], [`model::ModelFiles`], [`planning`] and [`plan`] decide, on every rank alike, which layers are whose;
 //!    [`agree`] makes sure that it is alike.
-//! 3. [`stage::Stage`] loads this rank's slice of the [`checkpoint`] through [`model`].
+//! 3. [`stage::Stage`] loads this rank's slice of the [`checkpoint`] through [`model`]; [`mod@slice`] knows where from, and
+//!    [`handover`] carries it ([`parcel`]) from a rank that has the model to one that has not.
 //! 4. [`prompts`] reads [`request`]s, a [`tokenizer`] and a [`sequence`] turn them into token ids.
 //! 5. [`schedule`] puts tokens into steps, [`wire`] makes bytes of them, [`transport`] carries these, and
 //!    [`pipeline`] is the loop around: receive, compute, send.
@@ -25,10 +26,12 @@ pub mod cluster;
 pub mod commands;
 pub mod cost_store;
 pub mod doctor;
+pub mod handover;
 pub mod hub;
 pub mod import;
 pub mod log;
 pub mod model;
+pub mod parcel;
 pub mod pipeline;
 pub mod plan;
 pub mod planning;
@@ -40,6 +43,7 @@ pub mod sampler;
 pub mod schedule;
 pub mod sequence;
 pub mod session;
+pub mod slice;
 pub mod stage;
 pub mod tokenizer;
 pub mod transport;

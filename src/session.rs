@@ -3,9 +3,11 @@
 
 use crate::agree::{self, Failure, KnownTo, Usage};
 use crate::calibrate;
+use crate::checkpoint::Consumed;
 use crate::cli::{self, RunOptions};
 use crate::cluster::{self, ClusterFile, DeviceProfile};
 use crate::cost_store::{CostStore, Seat};
+use crate::handover;
 use crate::hub::{self, Found};
 use crate::log::{RankFormat, tell};
 use crate::model::ModelFiles;
@@ -18,6 +20,7 @@ use crate::report::{self, Measured, RankReport, Report};
 use crate::request::{AnswerWriter, Identity, Tally, WriteError, Written};
 use crate::schedule::Schedule;
 use crate::sequence::Rules;
+use crate::slice::{Loaded, Slice};
 use crate::stage::{self, Stage};
 use crate::tokenizer::{Tokenizer, TokenizerError};
 use crate::transport::{self, MpiTransport, Transport};
@@ -67,7 +70,7 @@ fn generate(
 ) -> Result<u8, Failure> {
     let rank = transport.rank();
     let cluster = Cluster::meet(options, transport)?;
-    let files = open_model(&cluster, transport)?;
+    let files = open_model(options, &cluster, transport)?;
     compare_files(&cluster, &files, transport)?;
     let costs = costs(options, &cluster, &files, transport)?;
     let plan = make_plan(options, &cluster, &files, costs.as_ref());
@@ -78,7 +81,10 @@ fn generate(
     if rank == 0 {
         tell(&plan::plan_table(&plan));
     }
-    let (stage, mut report) = load(&cluster, &files, &plan, rank, started)?;
+    let slice = Slice::new(&files, &plan, rank, options.shard_cache.as_deref());
+    let slice = agree::all_succeeded(transport, slice)?;
+    let (stage, consumed) = load(options, &slice, transport)?;
+    let mut report = loaded(&cluster, &plan, consumed, rank, started)?;
     agree::all_succeeded(transport, Ok(()))?;
 
     let mut worker = Worker::new(&mut *transport, stage, rows(&files, &plan));
@@ -162,11 +168,7 @@ impl Introduction {
                 profile: cluster::probe_local()?,
                 device: stage::device_kind()?.to_owned(),
             },
-            plan_options: format!(
-                "{} --calibrate {}",
-                options.model.plan_options(),
-                options.calibrate
-            ),
+            plan_options: options.shared_options(),
             cluster_file,
             model: options.model.model.clone(),
             model_of_environment: cli::model_of_environment(),
@@ -248,8 +250,18 @@ fn choose(first: &Introduction) -> Result<(Option<ClusterFile>, String)> {
     Ok((file, model))
 }
 
-/// Finds the model on every host; where it is missing, the first rank of the host downloads it.
-fn open_model(cluster: &Cluster, transport: &mut MpiTransport) -> Result<ModelFiles, Failure> {
+/// Finds the model on every host; where it is missing, the first rank of the host downloads it, or the rank
+/// that `--weights-from` names tells of it.
+fn open_model(
+    options: &RunOptions,
+    cluster: &Cluster,
+    transport: &mut MpiTransport,
+) -> Result<ModelFiles, Failure> {
+    if let Some(source) = options.weights_from {
+        agree::all_succeeded(transport, check_source(source, cluster.ranks.len()))?;
+        let cache_dir = options.shard_cache.as_deref();
+        return handover::open(transport, &cluster.model, source, cache_dir);
+    }
     let rank = transport.rank();
     let found = agree::gather(transport, hub::find(&cluster.model), None)?;
     // What is a directory on one host may look like an id on another.
@@ -272,6 +284,16 @@ fn open_model(cluster: &Cluster, transport: &mut MpiTransport) -> Result<ModelFi
     let dir = agree::all_succeeded(transport, dir)?;
     let opened = resolve_again(dir, &cluster.model).and_then(|dir| ModelFiles::open(&dir));
     agree::all_succeeded(transport, opened)
+}
+
+/// Whether `--weights-from` names a rank of this run.
+fn check_source(source: usize, rank_count: usize) -> Result<()> {
+    match source < rank_count {
+        true => Ok(()),
+        false => Err(Usage::of(anyhow!(
+            "--weights-from {source}: there is no such rank; this run has {rank_count}, counted from 0"
+        ))),
+    }
 }
 
 /// The directory found, or the one that another rank of this host has downloaded meanwhile.
@@ -400,16 +422,25 @@ fn rules(
 
 /// Loads this rank's slice.
 fn load(
+    options: &RunOptions,
+    slice: &Slice,
+    transport: &mut MpiTransport,
+) -> Result<Loaded, Failure> {
+    match options.weights_from {
+        None => Ok(slice.load()?),
+        Some(source) => slice.load_with_help(transport, source),
+    }
+}
+
+/// What was loaded is what was planned; the beginning of this rank's report.
+fn loaded(
     cluster: &Cluster,
-    files: &ModelFiles,
     plan: &Plan,
+    consumed: Consumed,
     rank: usize,
     started: Instant,
-) -> Result<(Stage, RankReport)> {
+) -> Result<RankReport> {
     let part = &plan.stages[rank];
-    let layers = format!("{}-{}", part.layers.start, part.layers.end - 1);
-    let (stage, consumed) = Stage::load(files, part, plan.wire_dtype)
-        .with_context(|| format!("loading layers {layers}"))?;
     if consumed.bytes != part.footprint.weights_bytes() {
         bail!(
             "{} bytes of weights were planned for this rank, but {} were loaded",
@@ -421,17 +452,18 @@ fn load(
     info!(
         tensors = consumed.tensors,
         bytes = consumed.bytes,
-        "loaded layers {layers}"
+        "loaded layers {}-{}",
+        part.layers.start,
+        part.layers.end - 1
     );
     let place = &cluster.ranks[rank];
-    let report = RankReport {
+    Ok(RankReport {
         host: place.host().to_owned(),
         device: place.device.clone(),
         loaded_bytes: consumed.bytes,
         load_s,
         ..RankReport::default()
-    };
-    Ok((stage, report))
+    })
 }
 
 /// How the first rank comes by its rows. One rank alone has the table anyway.

@@ -3,7 +3,7 @@
 //! A stage that begins the model has an embedding, one that ends it has a head; a stage without either
 //! has no field that could be misused. Arrays are evaluated at the stage's border and nowhere else.
 
-use crate::checkpoint::Consumed;
+use crate::checkpoint::{Checkpoint, Consumed};
 use crate::model::{
     Architecture, HeadSpec, KvShape, Layer, LayerCache, Linear, LinearSpec, ModelFiles, RmsNorm,
     Rope, Span, Weights,
@@ -67,18 +67,20 @@ pub struct Stage {
 }
 
 impl Stage {
-    /// Loads the tensors that the plan gives to this stage, and nothing else.
+    /// Loads the tensors that the plan gives to this stage, and nothing else, out of `checkpoint`: that of
+    /// `files`, or one with this stage's tensors only.
     ///
     /// # Errors
     /// A tensor that cannot be read, or a difference between what was planned and what was loaded.
     pub fn load(
         files: &ModelFiles,
+        checkpoint: &Checkpoint,
         stage: &plan::Stage,
         wire_dtype: WireDtype,
     ) -> Result<(Self, Consumed)> {
         let architecture = &files.architecture;
         let activation_dtype = to_mlx(wire_dtype);
-        let mut weights = Weights::new(files.checkpoint.reader(), activation_dtype);
+        let mut weights = Weights::new(checkpoint.reader(), activation_dtype);
         let layers = architecture.layers[stage.layers.clone()]
             .iter()
             .map(|spec| Layer::load(architecture, spec, &mut weights))

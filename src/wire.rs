@@ -6,8 +6,8 @@
 
 use std::mem::size_of;
 
-/// Raised when a byte of the format changes; ranks compare it before they load anything.
-pub const PROTOCOL_VERSION: u16 = 2;
+/// Raised when a byte of the format, or of [`crate::parcel`]'s, changes; ranks compare it before they load anything.
+pub const PROTOCOL_VERSION: u16 = 3;
 
 const MAGIC: [u8; 4] = *b"MXPS";
 const KIND_STEP: u8 = 1;
@@ -536,7 +536,9 @@ mod tests {
         bytes[4] = 99;
         assert_eq!(
             decode(&bytes).unwrap_err().to_string(),
-            "frame does not begin as expected: protocol version 99, this rank speaks 2"
+            format!(
+                "frame does not begin as expected: protocol version 99, this rank speaks {PROTOCOL_VERSION}"
+            )
         );
         bytes[0] = b'?';
         assert!(decode(&bytes).unwrap_err().to_string().contains("expected"));

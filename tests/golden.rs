@@ -28,7 +28,11 @@ impl Pipeline {
         let stages = plan
             .stages
             .iter()
-            .map(|stage| Stage::load(files, stage, plan.wire_dtype).unwrap().0)
+            .map(|stage| {
+                Stage::load(files, &files.checkpoint, stage, plan.wire_dtype)
+                    .unwrap()
+                    .0
+            })
             .collect();
         Self { stages, next: 0 }
     }

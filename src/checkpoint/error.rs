@@ -473,6 +473,35 @@ pub enum CheckpointError {
         found: u64,
     },
 
+    /// A tensor was to be read from a file that only another rank has.
+    #[error(
+        "{}: this file is on the host of another rank and not on this one; the rank's own tensors come from \
+         its shard cache",
+        path.display()
+    )]
+    Elsewhere {
+        /// The weight file, as the other rank names it.
+        path: PathBuf,
+    },
+
+    /// The bytes of a tensor do not have the hash that was kept of them.
+    #[error(
+        "{}: tensor {}: its bytes are not those that were written (expected BLAKE3 {expected}, found \
+         {found}); the file is damaged",
+        path.display(),
+        quoted(tensor)
+    )]
+    Damaged {
+        /// The file.
+        path: PathBuf,
+        /// The tensor.
+        tensor: String,
+        /// The hash kept.
+        expected: blake3::Hash,
+        /// That of the bytes.
+        found: blake3::Hash,
+    },
+
     /// Pages of the file could not be brought into memory.
     #[error(
         "{}: tensor {}: its bytes cannot be read: {cause}; the file was cut since its header was read, or the \

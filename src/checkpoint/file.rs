@@ -1,4 +1,5 @@
-//! One weight file: where it is, and the proof that it is still the file whose header was read.
+//! One weight file: where it is, and the proof that it is still the file whose header was read. Or, where
+//! another rank told of it: what it is there.
 //!
 //! Headers are read when the checkpoint is opened and bytes are mapped later, so between the two a
 //! download may replace or cut a file. Files are not kept open in between: large checkpoints have
@@ -23,19 +24,31 @@ pub(super) struct WeightFile {
 /// What tells a file from another one, or from itself before somebody wrote to it.
 #[derive(Debug, PartialEq, Eq)]
 struct Identity {
-    device: u64,
-    inode: u64,
+    place: Place,
     bytes: u64,
-    modified_ns: (i64, i64),
+    modified: Modified,
+}
+
+/// When a file was last written to: seconds since 1970, and nanoseconds.
+pub(super) type Modified = (i64, i64);
+
+#[derive(Debug, PartialEq, Eq)]
+enum Place {
+    /// On this host.
+    Here { device: u64, inode: u64 },
+    /// On another rank's host, which told of it; it cannot be opened here.
+    Elsewhere,
 }
 
 impl Identity {
     fn of(metadata: &Metadata) -> Identity {
         Identity {
-            device: metadata.dev(),
-            inode: metadata.ino(),
+            place: Place::Here {
+                device: metadata.dev(),
+                inode: metadata.ino(),
+            },
             bytes: metadata.len(),
-            modified_ns: (metadata.mtime(), metadata.mtime_nsec()),
+            modified: (metadata.mtime(), metadata.mtime_nsec()),
         }
     }
 }
@@ -55,12 +68,36 @@ impl WeightFile {
         ))
     }
 
+    /// A file `name` in the directory `dir` of another host.
+    pub(super) fn elsewhere(
+        dir: &Path,
+        name: String,
+        bytes: u64,
+        modified: Modified,
+    ) -> WeightFile {
+        WeightFile {
+            path: dir.join(&name),
+            name,
+            identity: Identity {
+                place: Place::Elsewhere,
+                bytes,
+                modified,
+            },
+        }
+    }
+
     /// Opens the file again.
     ///
     /// # Errors
     ///
-    /// [`CheckpointError::FileChanged`] if it is another file by now, or has been written to.
+    /// [`CheckpointError::FileChanged`] if it is another file by now, or has been written to;
+    /// [`CheckpointError::Elsewhere`] if it is not on this host.
     pub(super) fn reopen(&self) -> Result<File, CheckpointError> {
+        if self.is_elsewhere() {
+            return Err(CheckpointError::Elsewhere {
+                path: self.path.clone(),
+            });
+        }
         let (file, identity) = open_regular(&self.path)?;
         if identity == self.identity {
             return Ok(file);
@@ -76,6 +113,16 @@ impl WeightFile {
     /// Bytes in the file.
     pub(super) fn bytes(&self) -> u64 {
         self.identity.bytes
+    }
+
+    /// When it was last written to.
+    pub(super) fn modified(&self) -> Modified {
+        self.identity.modified
+    }
+
+    /// Whether it is on another host.
+    pub(super) fn is_elsewhere(&self) -> bool {
+        self.identity.place == Place::Elsewhere
     }
 }
 

@@ -8,6 +8,8 @@
 //! Listed::read                  the same where there are no weight files, only their index
 //! Reader::take       reader.rs  one tensor, opened           reads it when told to
 //! Reader::finish                taken = planned, or an error
+//! HeaderTexts        header_texts.rs   a checkpoint told to a rank that has none of its files
+//! Shard, ShardWriter shard.rs, shard_writer.rs   a rank's slice in a file of its own
 //! ```
 //!
 //! Everything in a checkpoint is untrusted. [`Checkpoint::open`] checks it once; a [`TensorInfo`]
@@ -19,8 +21,12 @@
 mod error;
 mod file;
 mod header;
+mod header_texts;
 mod index;
+mod lock;
 mod reader;
+mod shard;
+mod shard_writer;
 #[cfg(test)]
 mod tests;
 
@@ -34,8 +40,11 @@ use sha2::{Digest, Sha256};
 
 pub use error::{CheckpointError, NameSample};
 pub use header::{Header, MAX_HEADER_BYTES};
+pub use header_texts::HeaderTexts;
 pub use index::{Listed, MAX_INDEX_BYTES};
 pub use reader::{Consumed, Reader, Tensor};
+pub use shard::{PAD_PREFIX, Shard, ShardError, ShardTensor};
+pub use shard_writer::ShardWriter;
 
 use file::WeightFile;
 use header::Data;
@@ -71,6 +80,8 @@ pub struct TensorInfo {
     /// length, in a [`Checkpoint`].
     begin: u64,
     end: u64,
+    /// Hash of the bytes, where one was kept.
+    digest: Option<blake3::Hash>,
 }
 
 impl TensorInfo {
@@ -177,10 +188,20 @@ impl Headers {
         hash.finalize().into()
     }
 
+    /// Whether its files are on another host, so that no tensor of it can be read here.
+    pub fn is_elsewhere(&self) -> bool {
+        self.files.iter().any(WeightFile::is_elsewhere)
+    }
+
     /// Reads the header of one more file and adds its tensors.
     fn add_file(&mut self, name: &str, data: Data) -> Result<(), CheckpointError> {
         let (file, open) = WeightFile::open(&self.dir, name.to_owned())?;
         let header = Header::read_before(data, open, file.bytes(), &file.path)?;
+        self.add(file, &header)
+    }
+
+    /// Adds a file and the tensors of its header.
+    fn add(&mut self, file: WeightFile, header: &Header) -> Result<(), CheckpointError> {
         let place = self.files.len();
         self.files.push(file);
         for (tensor, info) in header.tensors() {
@@ -190,6 +211,7 @@ impl Headers {
                 file: place,
                 begin: header.data_start() + info.data_offsets.0 as u64,
                 end: header.data_start() + info.data_offsets.1 as u64,
+                digest: None,
             };
             if let Some(known) = self.tensors.get(&tensor) {
                 let [first, second] = [known, &info].map(|info| self.path_of(info).to_owned());
@@ -239,12 +261,16 @@ fn hash_text(hash: &mut Sha256, text: &str) {
 }
 
 fn hash_tensor(hash: &mut Sha256, info: &TensorInfo) {
+    hash_kind(hash, info);
+    for number in [info.file as u64, info.begin, info.end] {
+        hash_number(hash, number);
+    }
+}
+
+fn hash_kind(hash: &mut Sha256, info: &TensorInfo) {
     hash_text(hash, &info.dtype.to_string());
     hash_number(hash, info.shape.len() as u64);
     for &dimension in &info.shape {
         hash_number(hash, dimension as u64);
-    }
-    for number in [info.file as u64, info.begin, info.end] {
-        hash_number(hash, number);
     }
 }

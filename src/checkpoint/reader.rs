@@ -15,6 +15,9 @@ use safetensors::Dtype;
 use super::error::{CheckpointError, NameSample};
 use super::{Checkpoint, TensorInfo};
 
+/// Bytes that are read and hashed at a time: few enough for a processor's cache.
+const PIECE_BYTES: usize = 256 << 10;
+
 /// Takes tensors out of a [`Checkpoint`] and remembers which.
 #[derive(Debug)]
 pub struct Reader<'c> {
@@ -156,6 +159,35 @@ impl Tensor {
         self.file
             .read_exact_at(destination, self.info.begin + offset)
             .map_err(|cause| self.unreadable(cause))
+    }
+
+    /// Reads all bytes of the tensor and, where a hash of them was kept, proves them: a piece at a time, while
+    /// the processor's cache still holds it.
+    ///
+    /// # Errors
+    ///
+    /// As [`Self::read_at`]; [`CheckpointError::Damaged`].
+    pub fn read(&self, destination: &mut [u8]) -> Result<(), CheckpointError> {
+        let Some(expected) = self.info.digest else {
+            return self.read_at(0, destination);
+        };
+        let mut hasher = blake3::Hasher::new();
+        let mut offset = 0;
+        for piece in destination.chunks_mut(PIECE_BYTES) {
+            self.read_at(offset, piece)?;
+            hasher.update(piece);
+            offset += piece.len() as u64;
+        }
+        let found = hasher.finalize();
+        match found == expected {
+            true => Ok(()),
+            false => Err(CheckpointError::Damaged {
+                path: self.path.clone(),
+                tensor: self.name.clone(),
+                expected,
+                found,
+            }),
+        }
     }
 
     fn unreadable(&self, cause: io::Error) -> CheckpointError {

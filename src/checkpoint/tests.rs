@@ -1,6 +1,7 @@
 //! One test for each thing that can be wrong with a checkpoint, with the text the user gets;
 //! and properties of the header on arbitrary bytes, compared with the `safetensors` crate.
 
+use std::collections::BTreeSet;
 use std::fs;
 use std::io::Read;
 use std::path::Path;
@@ -1024,4 +1025,189 @@ fn odd_totals_of_an_index_are_no_total() {
         assert_eq!(Listed::read(dir.path()).unwrap().unwrap().total_bytes, None);
     }
     assert!(Listed::read(directory(&[]).path()).unwrap().is_none());
+}
+
+// A slice in a file of its own
+
+/// A checkpoint of two tensors, and its slice of both.
+fn sliced(dir: &TempDir) -> (Checkpoint, Shard) {
+    let checkpoint = Checkpoint::open(dir.path()).unwrap();
+    let shard = Shard::new(&checkpoint, &["b", "a"], "config", "layers-0-1").unwrap();
+    (checkpoint, shard)
+}
+
+fn tensor_bytes(checkpoint: &Checkpoint, name: &str) -> Result<Vec<u8>, CheckpointError> {
+    let tensor = checkpoint.open_tensor(name)?;
+    let mut bytes = vec![0; tensor.bytes() as usize];
+    tensor.read(&mut bytes)?;
+    Ok(bytes)
+}
+
+#[test]
+fn a_slice_comes_back_from_its_file() {
+    let dir = single(&file_of(&[("a", 3), ("b", 5), ("c", 2)]));
+    let (checkpoint, shard) = sliced(&dir);
+    let cache = dir.path().join("deep/cache");
+    assert!(shard.open(&cache).unwrap().is_none());
+    shard.write_from(&checkpoint, &cache).unwrap();
+    let read = shard.open(&cache).unwrap().unwrap();
+    assert_eq!(
+        read.iter().map(|(name, _)| name).collect::<Vec<_>>(),
+        ["a", "b"]
+    );
+    assert_eq!(tensor_bytes(&read, "a").unwrap(), [0; 3]);
+    assert_eq!(tensor_bytes(&read, "b").unwrap(), [1; 5]);
+
+    let bytes = fs::read(cache.join(shard.file_name())).unwrap();
+    let file = SafeTensors::deserialize(&bytes).unwrap();
+    assert_eq!(file.tensor("b").unwrap().data(), [1; 5]);
+    let (pads, tensors): (Vec<_>, Vec<_>) = file
+        .names()
+        .into_iter()
+        .partition(|name| name.starts_with(PAD_PREFIX));
+    assert_eq!((pads.len(), tensors.len()), (1, 2));
+}
+
+#[test]
+fn every_flipped_bit_of_a_slices_file_is_noticed_but_for_the_gaps() {
+    let dir = single(&file_of(&[("a", 3), ("b", 5)]));
+    let (checkpoint, shard) = sliced(&dir);
+    shard.write_from(&checkpoint, dir.path()).unwrap();
+    let path = dir.path().join(shard.file_name());
+    let whole = fs::read(&path).unwrap();
+    let is_noticed = || match shard.open(dir.path()) {
+        Ok(Some(read)) => ["a", "b"]
+            .iter()
+            .any(|name| tensor_bytes(&read, name).is_err()),
+        Ok(None) => panic!("it is there"),
+        Err(_) => true,
+    };
+    assert!(!is_noticed());
+    let data_begins = shard.begin(&shard.tensors()[0]) as usize;
+    let last_begins = shard.begin(&shard.tensors()[1]) as usize;
+    let spaces_begin = whole[..data_begins].trim_ascii_end().len();
+    let looked_at = (0..spaces_begin).chain([data_begins - 1]);
+    for at in looked_at
+        .chain(data_begins..data_begins + 5)
+        .chain(last_begins..last_begins + 3)
+    {
+        let mut flipped = whole.clone();
+        flipped[at] ^= 1 << (at % 8);
+        fs::write(&path, flipped).unwrap();
+        assert!(is_noticed(), "byte {at}");
+    }
+    for cut in [0, 7, 8, 100, data_begins, whole.len() - 1] {
+        fs::write(&path, &whole[..cut]).unwrap();
+        assert!(is_noticed(), "cut to {cut}");
+    }
+}
+
+#[test]
+fn the_key_is_that_of_the_slice_and_of_its_source() {
+    let dir = single(&file_of(&[("a", 3), ("b", 5)]));
+    let model = fs::File::open(dir.path().join(SINGLE)).unwrap();
+    let at = |seconds| std::time::SystemTime::UNIX_EPOCH + std::time::Duration::from_secs(seconds);
+    let name = |names: &[&str], config: &str| {
+        let checkpoint = Checkpoint::open(dir.path()).unwrap();
+        let shard = Shard::new(&checkpoint, names, config, "layers-0-1").unwrap();
+        shard.file_name().to_owned()
+    };
+    model.set_modified(at(1)).unwrap();
+    let first = name(&["a"], "config");
+    assert_eq!(name(&["a"], "config"), first);
+    assert!(first.ends_with("-layers-0-1.safetensors"), "{first}");
+    let others = [
+        name(&["a", "b"], "config"),
+        name(&["b"], "config"),
+        name(&["a"], "other"),
+    ];
+    model.set_modified(at(2)).unwrap();
+    let changed = name(&["a"], "config");
+    let all: BTreeSet<_> = others.iter().chain([&first, &changed]).collect();
+    assert_eq!(all.len(), 5);
+}
+
+#[test]
+fn a_slice_of_the_same_model_from_before_is_named() {
+    let dir = single(&file_of(&[("a", 3), ("b", 5)]));
+    let (checkpoint, old) = sliced(&dir);
+    let cache = dir.path().join("cache");
+    old.write_from(&checkpoint, &cache).unwrap();
+    assert_eq!(old.stale(&cache), None);
+    let model = fs::File::open(dir.path().join(SINGLE)).unwrap();
+    model
+        .set_modified(std::time::SystemTime::UNIX_EPOCH)
+        .unwrap();
+    let (_, new) = sliced(&dir);
+    assert_eq!(new.stale(&cache).as_deref(), Some(old.file_name()));
+    assert!(new.open(&cache).unwrap().is_none());
+}
+
+#[test]
+fn what_a_dead_writer_left_is_removed_and_what_a_living_one_writes_is_not() {
+    let dir = single(&file_of(&[("a", 3), ("b", 5)]));
+    let (checkpoint, shard) = sliced(&dir);
+    let cache = dir.path().join("cache");
+    let living = ShardWriter::create(&shard, &cache).unwrap();
+    let dead = cache.join(format!("{}.1-0.part", shard.file_name()));
+    fs::write(&dead, "half").unwrap();
+    shard.write_from(&checkpoint, &cache).unwrap();
+    assert!(!dead.exists());
+    assert_eq!(fs::read_dir(&cache).unwrap().count(), 2);
+    drop(living);
+    assert_eq!(fs::read_dir(&cache).unwrap().count(), 1);
+}
+
+#[test]
+fn a_checkpoint_told_to_another_rank_is_the_same_one_without_bytes() {
+    let index = format!(r#"{{"weight_map":{{"a":"{SHARD_1}","b":"{SHARD_2}"}}}}"#);
+    let (first, second) = (file_of(&[("a", 3)]), file_of(&[("b", 5)]));
+    let dir = directory(&[
+        (INDEX, index.as_bytes()),
+        (SHARD_1, &first),
+        (SHARD_2, &second),
+    ]);
+    let checkpoint = Checkpoint::open(dir.path()).unwrap();
+    let json = serde_json::to_string(&checkpoint.header_texts().unwrap()).unwrap();
+    let outline: HeaderTexts = serde_json::from_str(&json).unwrap();
+    let told = outline.into_checkpoint(Path::new("/elsewhere")).unwrap();
+    assert_eq!(told.fingerprint(), checkpoint.fingerprint());
+    assert!(told.is_elsewhere() && !checkpoint.is_elsewhere());
+    let key = |checkpoint: &Checkpoint| {
+        let shard = Shard::new(checkpoint, &["a"], "config", "x").unwrap();
+        shard.file_name().to_owned()
+    };
+    assert_eq!(key(&told), key(&checkpoint));
+    let error = told.open_tensor("a").unwrap_err();
+    assert!(
+        matches!(error, CheckpointError::Elsewhere { .. }),
+        "{error}"
+    );
+}
+
+#[test]
+fn an_outline_is_checked_as_a_file_is() {
+    let dir = single(&file_of(&[("a", 3)]));
+    let outline = Checkpoint::open(dir.path())
+        .unwrap()
+        .header_texts()
+        .unwrap();
+    let json = serde_json::to_value(&outline).unwrap();
+    let refused = |change: &dyn Fn(&mut serde_json::Value)| {
+        let mut json = json.clone();
+        change(&mut json["files"]);
+        let outline: HeaderTexts = serde_json::from_value(json).unwrap();
+        let error = outline.into_checkpoint(Path::new("DIR")).unwrap_err();
+        error.to_string()
+    };
+    let bytes = json["files"][0]["bytes"].as_u64().unwrap();
+    assert!(refused(&|files| files[0]["bytes"] = (bytes - 1).into()).contains("shorter"));
+    assert!(refused(&|files| files[0]["bytes"] = u64::MAX.into()).contains("longer"));
+    assert!(refused(&|files| files[0]["bytes"] = 0.into()).contains("at least 8 bytes"));
+    assert!(refused(&|files| files[0]["header"] = "{".into()).contains("not a safetensors header"));
+    let twice = refused(&|files| {
+        let first = files[0].clone();
+        files.as_array_mut().unwrap().push(first);
+    });
+    assert!(twice.contains("two files"), "{twice}");
 }

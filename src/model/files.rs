@@ -6,9 +6,10 @@ use super::architecture::Architecture;
 use super::generation::end_of_sequence_ids;
 use super::inventory::Inventory;
 use crate::bounded_file;
-use crate::checkpoint::{Checkpoint, Headers, Listed};
+use crate::checkpoint::{Checkpoint, HeaderTexts, Headers, Listed};
 use crate::plan::{Head, ModelShape, TiedTable, WireDtype};
 use anyhow::{Context, Result, bail};
+use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use sha2::{Digest, Sha256};
 use std::path::{Path, PathBuf};
@@ -39,12 +40,49 @@ impl ModelFiles {
     /// # Errors
     /// No configuration, weights that are not there or not whole, or the two not belonging together.
     pub fn open(dir: &Path) -> Result<Self> {
-        let in_dir = || format!("model directory {}", dir.display());
-        let (config, config_hash) = read_model_config(dir)?;
-        let generation = read_config(dir, "generation_config.json")?.map(|(json, _)| json);
-        let end_ids = end_of_sequence_ids(&config, generation.as_ref()).with_context(in_dir)?;
+        let configs = Configs::read(dir)?;
         check_index_is_regular(dir)?;
-        let checkpoint = Checkpoint::open(dir)?;
+        Self::check(dir, &configs, Checkpoint::open(dir)?)
+    }
+
+    /// What to tell a rank that has no model directory.
+    ///
+    /// # Errors
+    /// A file that has changed since it was opened, or cannot be read.
+    pub fn texts(&self) -> Result<ModelTexts> {
+        let configs = Configs::read(&self.dir)?;
+        if configs.config_hash() != self.config_hash {
+            bail!(
+                "{}: config.json has changed since it was read; start again when nothing writes to it",
+                self.dir.display()
+            );
+        }
+        Ok(ModelTexts {
+            dir: self.dir.to_string_lossy().into_owned(),
+            configs,
+            headers: self.checkpoint.header_texts()?,
+        })
+    }
+
+    /// The same model on a rank that was told of it. Everything is checked as if it came from files.
+    ///
+    /// # Errors
+    /// As [`Self::open`].
+    pub fn from_texts(texts: ModelTexts) -> Result<Self> {
+        let dir = PathBuf::from(texts.dir);
+        let checkpoint = texts.headers.into_checkpoint(&dir)?;
+        Self::check(&dir, &texts.configs, checkpoint)
+    }
+
+    /// Holds configuration and headers against each other.
+    fn check(dir: &Path, configs: &Configs, checkpoint: Checkpoint) -> Result<Self> {
+        let in_dir = || format!("model directory {}", dir.display());
+        let config = parse(dir, "config.json", &configs.config)?;
+        let generation = configs.generation_config.as_deref();
+        let generation = generation
+            .map(|text| parse(dir, "generation_config.json", text))
+            .transpose()?;
+        let end_ids = end_of_sequence_ids(&config, generation.as_ref()).with_context(in_dir)?;
         let architecture = Architecture::read(&config, |name| checkpoint.get(name).is_some())
             .with_context(in_dir)?;
         let inventory = Inventory::check(&architecture, &checkpoint).with_context(in_dir)?;
@@ -54,7 +92,7 @@ impl ModelFiles {
             inventory,
             checkpoint,
             end_ids,
-            config_hash,
+            config_hash: configs.config_hash(),
         })
     }
 
@@ -101,7 +139,7 @@ impl Outline {
     /// No configuration, neither headers nor an index, or what is there not belonging together.
     pub fn open(dir: &Path) -> Result<Self> {
         let in_dir = || format!("model directory {}", dir.display());
-        let (config, _) = read_model_config(dir)?;
+        let config = parse(dir, "config.json", &read_model_config(dir)?)?;
         check_index_is_regular(dir)?;
         if let Some(listed) = Listed::read(dir)? {
             let has_tensor = |name: &str| listed.tensors.contains(name);
@@ -146,8 +184,45 @@ fn shape(
     inventory.shape(architecture, kv_dtype.size_bytes(), tied_head)
 }
 
-fn read_model_config(dir: &Path) -> Result<(Value, String)> {
-    match read_config(dir, "config.json")? {
+/// Opening the checkpoint would wait for ever if its index were a pipe.
+fn check_index_is_regular(dir: &Path) -> Result<()> {
+    bounded_file::is_regular(&dir.join("model.safetensors.index.json"))?;
+    Ok(())
+}
+
+/// A model directory as one rank tells it to another that has none: configurations, and the headers of the
+/// weight files.
+#[derive(Debug, Serialize, Deserialize)]
+pub struct ModelTexts {
+    /// The directory on the host that has it, for messages.
+    dir: String,
+    configs: Configs,
+    headers: HeaderTexts,
+}
+
+/// The configurations as they stand in the files.
+#[derive(Debug, Serialize, Deserialize)]
+struct Configs {
+    config: String,
+    generation_config: Option<String>,
+}
+
+impl Configs {
+    fn read(dir: &Path) -> Result<Self> {
+        Ok(Self {
+            config: read_model_config(dir)?,
+            generation_config: read_text(dir, "generation_config.json")?,
+        })
+    }
+
+    /// SHA-256 of `config.json`, in hexadecimal.
+    fn config_hash(&self) -> String {
+        hex::encode(Sha256::digest(&self.config))
+    }
+}
+
+fn read_model_config(dir: &Path) -> Result<String> {
+    match read_text(dir, "config.json")? {
         Some(config) => Ok(config),
         None => bail!(
             "{} has no config.json; expected a checkpoint directory in MLX's form",
@@ -156,18 +231,19 @@ fn read_model_config(dir: &Path) -> Result<(Value, String)> {
     }
 }
 
-/// Opening the checkpoint would wait for ever if its index were a pipe.
-fn check_index_is_regular(dir: &Path) -> Result<()> {
-    bounded_file::is_regular(&dir.join("model.safetensors.index.json"))?;
-    Ok(())
-}
-
-/// A configuration and the SHA-256 of its bytes, in hexadecimal; `None` if it is not there.
-fn read_config(dir: &Path, name: &str) -> Result<Option<(Value, String)>> {
+/// A configuration; `None` if it is not there.
+fn read_text(dir: &Path, name: &str) -> Result<Option<String>> {
     let Some(bytes) = bounded_file::read(&dir.join(name), LARGEST_CONFIG_BYTES)? else {
         return Ok(None);
     };
-    let config = serde_json::from_slice(&bytes)
-        .with_context(|| format!("model directory {}: {name} is not JSON", dir.display()))?;
-    Ok(Some((config, hex::encode(Sha256::digest(&bytes)))))
+    let text = String::from_utf8(bytes).with_context(|| not_json(dir, name))?;
+    Ok(Some(text))
+}
+
+fn parse(dir: &Path, name: &str, text: &str) -> Result<Value> {
+    serde_json::from_str(text).with_context(|| not_json(dir, name))
+}
+
+fn not_json(dir: &Path, name: &str) -> String {
+    format!("model directory {}: {name} is not JSON", dir.display())
 }

@@ -27,7 +27,7 @@ pub use architecture::{
 };
 pub use cache::{BLOCK_TOKENS, KvShape, LayerCache};
 pub use fields::{ConfigError, Fields};
-pub use files::{ModelFiles, Outline};
+pub use files::{ModelFiles, ModelTexts, Outline};
 pub use generation::end_of_sequence_ids;
 pub use inventory::Inventory;
 pub use layer::{Layer, Span};

@@ -85,7 +85,7 @@ pub fn allowed_dtypes(kind: ElementKind) -> &'static [safetensors::Dtype] {
 /// Reads a tensor into an array of the same shape and dtype.
 fn to_array(tensor: Tensor) -> Result<Array> {
     let (shape, dtype) = (to_mlx_shape(tensor.shape())?, to_mlx_dtype(tensor.dtype())?);
-    let fill = Box::new(move |bytes: &mut [u8]| Ok(tensor.read_at(0, bytes)?));
+    let fill = Box::new(move |bytes: &mut [u8]| Ok(tensor.read(bytes)?));
     filled(&shape, dtype, fill)
 }
 

@@ -9,8 +9,10 @@
 //! | `chat.rs` | the chat template, in the dialect that Hugging Face tokenizers render |
 //! | `stream.rs` | [`TextStream`]: ids to text, one token at a time |
 //! | `stop.rs` | [`StopMatcher`]: stop texts, across the borders of tokens |
+//! | `files.rs` | [`TokenizerFiles`]: the files, told to another rank |
 
 mod chat;
+mod files;
 mod stop;
 mod stream;
 #[cfg(test)]
@@ -27,6 +29,7 @@ use self::chat::ChatTemplate;
 use crate::bounded_file::{self, FileError};
 use crate::request::{Chat, Prompt, Rejection, RejectionCode};
 
+pub use files::TokenizerFiles;
 pub use stop::{Matched, StopMatcher};
 pub use stream::TextStream;
 
