@@ -72,6 +72,9 @@ struct Measured {
     over: Option<String>,
 }
 
+/// From which rank to which, and what came of measuring it.
+type Examined = (usize, usize, Result<Measured, String>);
+
 /// Looks, prints the page on rank 0, and returns the exit status: 0 where a run should succeed, else 1.
 pub fn run(options: &DoctorOptions) -> u8 {
     let (mut transport, _) = match session::join(options.verbose) {
@@ -221,10 +224,7 @@ fn interfaces() -> Vec<(String, IpAddr)> {
 
 /// The links of the pipeline in its order, the one that closes the ring last. One that fails does not stop
 /// the others.
-fn links(
-    all: &[Facts],
-    transport: &mut MpiTransport,
-) -> Result<Vec<(usize, usize, Result<Measured, String>)>, Failure> {
+fn links(all: &[Facts], transport: &mut MpiTransport) -> Result<Vec<Examined>, Failure> {
     let last = all.len() - 1;
     let mut pairs: Vec<(usize, usize)> = (0..last).map(|rank| (rank, rank + 1)).collect();
     if last > 1 {
@@ -324,7 +324,7 @@ struct Problem {
 /// All that rank 0 has heard.
 struct Page<'a> {
     all: &'a [Facts],
-    links: &'a [(usize, usize, Result<Measured, String>)],
+    links: &'a [Examined],
     plan: Option<&'a Result<Plan, String>>,
     asked: &'a Asked,
 }

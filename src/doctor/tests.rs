@@ -45,12 +45,10 @@ fn wired() -> Result<Measured, String> {
     })
 }
 
-type Links = Vec<(usize, usize, Result<Measured, String>)>;
-
 /// The problems that the page of these hosts and links tells, a line each, and the page itself.
 fn told(
     all: &[Facts],
-    links: &Links,
+    links: &[Examined],
     plan: Option<&Result<Plan, String>>,
 ) -> (Vec<String>, String) {
     let asked = Asked {
@@ -88,7 +86,7 @@ fn healthy_hosts_have_no_problem_and_the_page_fits_a_terminal() {
 fn one_problem(change: impl Fn(&mut Facts)) -> String {
     let mut all = hosts();
     change(&mut all[1]);
-    let (problems, _) = told(&all, &Vec::new(), None);
+    let (problems, _) = told(&all, &[], None);
     assert_eq!(problems.len(), 1, "{problems:?}");
     problems[0].clone()
 }
@@ -161,14 +159,14 @@ fn slow_and_broken_links_between_hosts_are_problems_and_those_inside_a_host_are_
     assert!(page.contains("failed"), "{page}");
 
     let one_host = ["mini1"; 3].map(healthy);
-    let (problems, _) = told(&one_host, &vec![(0, 1, slow(9_000_000, 1))], None);
+    let (problems, _) = told(&one_host, &[(0, 1, slow(9_000_000, 1))], None);
     assert_eq!(problems, Vec::<String>::new());
 }
 
 #[test]
 fn a_plan_that_cannot_be_made_is_a_problem() {
     let plan = Err("the model does not fit".to_owned());
-    let (problems, _) = told(&hosts(), &Vec::new(), Some(&plan));
+    let (problems, _) = told(&hosts(), &[], Some(&plan));
     assert!(
         problems[0].starts_with("the model does not fit"),
         "{problems:?}"
