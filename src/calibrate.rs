@@ -11,7 +11,7 @@ use crate::model::ModelFiles;
 use crate::pipeline::Compute;
 use crate::plan::{Costs, DeviceCost, LinkCost, LinkCosts, ModelShape, StepCost, WireDtype};
 use crate::sampler::Sampler;
-use crate::stage::{Output, Stage};
+use crate::stage::{self, Output, Stage};
 use crate::transport::{Kind, Transport};
 use crate::wait;
 use crate::wire::{Entry, SampleParams, Step};
@@ -65,6 +65,8 @@ pub struct Question<'a> {
     pub shape: &'a ModelShape,
     /// What is computed in.
     pub wire_dtype: WireDtype,
+    /// What this rank may hold in a run; made-up layers take half of it at most.
+    pub limit_bytes: u64,
 }
 
 /// Measures all ranks and links. All ranks call this at the same point.
@@ -73,6 +75,8 @@ pub struct Question<'a> {
 /// A rank that cannot compute, or a link that does not carry.
 pub fn measure(question: &Question, transport: &mut impl Transport) -> Result<Costs, Failure> {
     let devices = devices(question, transport)?;
+    // What was made up is gone, and is no part of the run.
+    stage::forget_peak();
     let links = links(question, transport)?;
     Ok(Costs { devices, links })
 }
@@ -126,7 +130,11 @@ struct Bench<'a> {
 impl<'a> Bench<'a> {
     fn new(question: &'a Question, ranks: usize) -> Self {
         let of_layers = &question.shape.layer_bytes;
-        let most_layers = of_layers.len().div_ceil(ranks).max(1);
+        let share = of_layers.len().div_ceil(ranks).max(1);
+        let largest = of_layers.iter().copied().max().unwrap_or(0).max(1);
+        let most_layers = share
+            .min((question.limit_bytes / 2 / largest) as usize)
+            .max(1);
         Self {
             question,
             layer_count: 1,
@@ -208,10 +216,14 @@ impl<'a> Bench<'a> {
     /// step with half of the layers shows it, if it is more than such a difference is uncertain by.
     fn split(&mut self, probe: Probe, whole_ns: u64) -> Result<(u64, u64)> {
         let (whole, half) = (self.layer_count as u64, self.layer_count as u64 / 2);
-        let mut empty = self.made_up(0, None)?;
-        let empty_ns = self.median_ns(&mut empty, probe, STEPS_BUDGET / 8)?;
-        let mut stage = self.made_up(half as usize, None)?;
-        let half_ns = self.median_ns(&mut stage, probe, STEPS_BUDGET / 2)?;
+        let mut part_ns = |layers: u64, budget: Duration| -> Result<u64> {
+            let aside = self.layers()?.set_aside(layers as usize);
+            let ns = self.layers_ns(probe, budget);
+            self.layers()?.put_back(aside);
+            ns
+        };
+        let empty_ns = part_ns(0, STEPS_BUDGET / 8)?;
+        let half_ns = part_ns(half, STEPS_BUDGET / 2)?;
         let sloped_ns = whole_ns.saturating_sub(half_ns) / (whole - half);
         let beside_ns = whole_ns.saturating_sub(sloped_ns * whole);
         let step_ns = match beside_ns > whole_ns / 6 && half > 0 && whole_ns < LONG_STEP_NS {

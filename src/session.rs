@@ -5,7 +5,7 @@ use crate::agree::{self, Failure, KnownTo, Usage};
 use crate::calibrate;
 use crate::checkpoint::Consumed;
 use crate::cli::{self, RunOptions};
-use crate::cluster::{self, ClusterFile, DeviceProfile};
+use crate::cluster::{self, ClusterFile, DeviceProfile, RankDevice};
 use crate::cost_store::{CostStore, Seat};
 use crate::handover;
 use crate::hub::{self, Found};
@@ -72,7 +72,10 @@ fn generate(
     let cluster = Cluster::meet(options, transport)?;
     let files = open_model(options, &cluster, transport)?;
     compare_files(&cluster, &files, transport)?;
+    let measuring = Instant::now();
     let costs = costs(options, &cluster, &files, transport)?;
+    // Measuring is no part of the time to load.
+    let started = started + measuring.elapsed();
     let plan = make_plan(options, &cluster, &files, costs.as_ref());
     let plan = agree::all_succeeded(transport, plan)?;
     compare_plans(&cluster, &plan, transport)?;
@@ -220,6 +223,16 @@ impl Cluster {
         }
     }
 
+    /// Each rank's device, as probed and as the cluster file has it.
+    fn devices(&self) -> Result<Vec<RankDevice>> {
+        let profiles: Vec<DeviceProfile> = self
+            .ranks
+            .iter()
+            .map(|place| place.profile.clone())
+            .collect();
+        cluster::assign(self.file.as_ref(), &profiles).map_err(Usage::of)
+    }
+
     /// Where each rank computes.
     fn seats(&self) -> Vec<Seat> {
         let seat = |place: &Place| Seat {
@@ -340,11 +353,16 @@ fn costs(
         let kept = agree::gather(transport, Ok(kept), None)?;
         return Ok(kept.into_iter().next().flatten());
     }
+    let own = cluster.devices().ok();
+    let own = own.and_then(|devices| devices.into_iter().nth(transport.rank()));
+    let own = own.map(|device| device.plan_device(options.model.memory_limit));
     let question = calibrate::Question {
         hosts: &cluster.ranks.iter().map(Place::host).collect::<Vec<_>>(),
         files,
         shape: &shape,
         wire_dtype,
+        // A rank that cannot have a limit gets no plan either; that is told when the plan is made.
+        limit_bytes: own.map_or(0, |device| device.memory_limit_bytes),
     };
     let costs = calibrate::measure(&question, transport)?;
     if let Some(Err(error)) = store.map(|store| store.keep(&seats, &costs)) {
@@ -359,12 +377,7 @@ fn make_plan(
     files: &ModelFiles,
     costs: Option<&Costs>,
 ) -> Result<Plan> {
-    let profiles: Vec<DeviceProfile> = cluster
-        .ranks
-        .iter()
-        .map(|place| place.profile.clone())
-        .collect();
-    let ranks = cluster::assign(cluster.file.as_ref(), &profiles).map_err(Usage::of)?;
+    let ranks = cluster.devices()?;
     let wire_dtype = cluster.wire_dtype(files);
     let question = planning::Question {
         options: &options.model,

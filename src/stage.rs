@@ -158,6 +158,18 @@ impl Stage {
         })
     }
 
+    /// Takes out the layers from `first` on, and all caches with them.
+    pub fn set_aside(&mut self, first: usize) -> Vec<Layer> {
+        self.caches.clear();
+        self.layers.split_off(first.min(self.layers.len()))
+    }
+
+    /// Puts layers that were set aside back behind the others.
+    pub fn put_back(&mut self, layers: Vec<Layer>) {
+        self.caches.clear();
+        self.layers.extend(layers);
+    }
+
     /// Makes the cache of a slot hold this many tokens, all of them zeros, as if they had been computed.
     ///
     /// # Errors
@@ -394,6 +406,13 @@ fn load_ends(
         },
     };
     Ok((inlet, outlet))
+}
+
+/// Gives back what MLX keeps of arrays that are gone, and counts their peak anew. Where MLX cannot, nothing
+/// but the report is the worse for it.
+pub fn forget_peak() {
+    let _ = memory::clear_cache();
+    let _ = memory::reset_peak_memory();
 }
 
 /// Around the attention eight arrays as wide as the hidden state or the heads, around the MLP four as wide as

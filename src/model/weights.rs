@@ -103,8 +103,12 @@ fn made_up(spec: &TensorSpec, checkpoint: &Checkpoint) -> Result<Array> {
         _ => &[0x3A, 0xC5, 0x96, 0x69, 0x1E, 0xE1, 0x78, 0x87],
     };
     let fill = Box::new(move |bytes: &mut [u8]| {
-        for piece in bytes.chunks_mut(pattern.len()) {
-            piece.copy_from_slice(&pattern[..piece.len()]);
+        let mut written = pattern.len().min(bytes.len());
+        bytes[..written].copy_from_slice(&pattern[..written]);
+        while written < bytes.len() {
+            let more = written.min(bytes.len() - written);
+            bytes.copy_within(..more, written);
+            written += more;
         }
         Ok(())
     });
