@@ -1,6 +1,11 @@
 //! The cluster file against good, bad and odd ones, and the devices that ranks are given.
 
+use std::fs;
+use std::path::Path;
+
+use super::file::{LOCAL_LINK, MAX_FILE_BYTES};
 use super::*;
+use crate::plan::LinkCost;
 
 const GIGABYTE: u64 = 1_000_000_000;
 

@@ -1,6 +1,10 @@
 //! What the page says of hosts and links that are in a bad way.
 
 use super::*;
+use crate::calibrate::Link;
+use crate::cluster::DeviceProfile;
+use crate::doctor::{Model, grown_most};
+use std::net::IpAddr;
 
 fn healthy(host: &str) -> Facts {
     Facts {
