@@ -69,3 +69,14 @@ fn no_rank_holds_converted_copies_of_its_weights() {
     let model = random_checkpoint("qwen3-0.6b", 16, 6);
     assert_within_plan(&report_of(&model, &["--tied", "both"]));
 }
+
+/// Written from the files at the first start, read at the second: neither may hold a slice twice.
+#[test]
+fn no_rank_holds_more_than_its_plan_with_a_shard_cache() {
+    let model = random_checkpoint("qwen3-0.6b", 8, 28);
+    let shards = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
+    let cache = ["--shard-cache", shards.path().to_str().unwrap()];
+    for _ in ["first start", "second start"] {
+        assert_within_plan(&report_of(&model, &cache));
+    }
+}

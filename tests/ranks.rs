@@ -185,6 +185,50 @@ fn sampling_with_a_seed_does_not_depend_on_ranks_or_on_place_in_the_input() {
 }
 
 #[test]
+fn unequal_hosts_get_what_fits_and_give_the_same_tokens() {
+    let golden = golden("llama-untied-4bit-two-files");
+    let scratch = tempfile::tempdir().unwrap();
+    let (report, cluster) = (scratch.path().join("r.json"), scratch.path().join("c.json"));
+    let host = gethostname::gethostname().to_string_lossy().into_owned();
+    let run_with = |devices: &[(f64, u32)]| {
+        let devices: Vec<Value> = devices
+            .iter()
+            .map(|(limit_gb, gpu_cores)| {
+                serde_json::json!({"hostname": host, "capabilities": {"memory_gb": 16,
+                    "max_recommended_model_size_gb": limit_gb, "gpu_cores": gpu_cores}})
+            })
+            .collect();
+        let file = serde_json::json!({ "devices": devices });
+        std::fs::write(&cluster, file.to_string()).unwrap();
+        let mut command = mpirun(devices.len());
+        command.arg("--model").arg(&golden.dir);
+        command.arg("--report").arg(&report);
+        command.arg("--cluster").arg(&cluster);
+        let ran = run(&mut command, golden_requests(&golden).as_bytes()).succeeded();
+        for (prompt, tokens) in golden.prompts.iter().zip(ran.token_ids()) {
+            assert_eq!(tokens, prompt.answer(), "{devices:?}");
+        }
+        let ranks = report_of(&ran, &report)["ranks"].clone();
+        let sizes = ranks.as_array().unwrap().iter().map(|rank| {
+            let layers = &rank["layers"];
+            let count = layers[1].as_u64().unwrap() - layers[0].as_u64().unwrap() + 1;
+            let kv_bytes = rank["footprint"]["kv_bytes"].as_u64().unwrap();
+            (count, rank["planned_bytes"].as_u64().unwrap() + kv_bytes)
+        });
+        sizes.collect::<Vec<_>>()
+    };
+    let roomy = run_with(&[(1.0, 10), (1.0, 10), (1.0, 10)]);
+    // The middle one has room for one layer only; the last is three times as fast as the first.
+    let one_layer_bytes = roomy[1].1 / roomy[1].0;
+    let tight_gb = (one_layer_bytes + one_layer_bytes / 2) as f64 / 1e9;
+    let tight = run_with(&[(1.0, 10), (tight_gb, 10), (1.0, 30)]);
+    assert_eq!(tight[1].0, 1, "{tight:?}");
+    assert!(tight[1].1 as f64 <= tight_gb * 1e9, "{tight:?}");
+    let layers = |sizes: &[(u64, u64)]| sizes.iter().map(|(count, _)| count).sum::<u64>();
+    assert_eq!(layers(&roomy), layers(&tight));
+}
+
+#[test]
 fn every_rank_loads_exactly_its_part_and_says_so() {
     let golden = golden("qwen3-untied-4bit");
     let scratch = tempfile::tempdir().unwrap();
