@@ -186,6 +186,33 @@ pub fn same_on_all<'a>(
     )))
 }
 
+/// Checks that every rank was started with the same options; `all` has each rank's host and options.
+///
+/// # Errors
+/// The first option that differs, with its value on every rank, known to all.
+pub fn same_options(all: &[(&str, &[(String, String)])]) -> Result<(), Failure> {
+    match differing_option(all) {
+        None => Ok(()),
+        Some(difference) => Err(Failure::of_all(Usage::of(anyhow!(
+            "the ranks were started with different options: {difference}; give all ranks the same ones"
+        )))),
+    }
+}
+
+/// `rank 0 (mini1) --context 512, rank 1 (mini2) --context not given`, for the first option that differs.
+pub fn differing_option(all: &[(&str, &[(String, String)])]) -> Option<String> {
+    let (_, first) = all.first()?;
+    let place = (0..first.len()).find(|&place| {
+        all.iter()
+            .any(|(_, own)| own.get(place) != first.get(place))
+    })?;
+    let told = all.iter().enumerate().filter_map(|(rank, (host, own))| {
+        let (name, value) = own.get(place)?;
+        Some(format!("rank {rank} ({host}) {name} {value}"))
+    });
+    Some(told.collect::<Vec<_>>().join(", "))
+}
+
 /// The beginning of a hash is enough to tell two apart.
 fn short(value: &str) -> &str {
     value.get(..12).unwrap_or(value)

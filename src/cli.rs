@@ -36,8 +36,8 @@ pub struct Cli {
 pub enum Command {
     /// Print the sharding plan and the memory report; needs no MPI and reads no weights
     Plan(PlanOptions),
-    /// Look at all hosts and links before a run, under mpirun; reads no weights
-    Doctor(DoctorOptions),
+    /// Look at all hosts and links before a run, under mpirun, with the run's options; reads no weights
+    Doctor(Box<RunOptions>),
     /// Convert a GGUF file to an MLX checkpoint directory, tokenizer included
     Import {
         /// The GGUF file
@@ -95,18 +95,25 @@ pub struct ModelOptions {
 }
 
 impl ModelOptions {
-    /// What makes a plan, as text that ranks can compare: they might have been started with different
-    /// options.
-    pub fn plan_options(&self) -> String {
-        format!(
-            "--strategy {} --tied {:?} --context {:?} --memory-limit {:?}",
-            self.layers
-                .as_ref()
-                .map_or(self.strategy.to_string(), LayerRanges::to_string),
-            self.tied,
-            self.context,
-            self.memory_limit
-        )
+    /// What makes a plan, option by option, so that ranks can compare: they might have been started with
+    /// different ones.
+    pub fn plan_options(&self) -> Vec<(String, String)> {
+        let cut = match &self.layers {
+            Some(ranges) => ("--layers", ranges.to_string()),
+            None => ("--strategy", self.strategy.to_string()),
+        };
+        let stated =
+            |value: Option<u64>| value.map_or("not given".into(), |value| value.to_string());
+        let options = [
+            cut,
+            ("--tied", format!("{:?}", self.tied).to_lowercase()),
+            ("--context", stated(self.context)),
+            ("--memory-limit", stated(self.memory_limit)),
+        ];
+        options
+            .into_iter()
+            .map(|(name, value)| (name.to_owned(), value))
+            .collect()
     }
 
     /// The strategy asked for, layers by hand included.
@@ -131,20 +138,8 @@ pub struct PlanOptions {
     pub ranks: Option<u64>,
 
     /// Show plans for the first device only, the first two, and so on, side by side
-    #[arg(long)]
+    #[arg(long, conflicts_with = "layers")]
     pub what_if: bool,
-}
-
-/// Options of `doctor`.
-#[derive(Debug, Args)]
-pub struct DoctorOptions {
-    /// Which model, and how to cut it.
-    #[command(flatten)]
-    pub model: ModelOptions,
-
-    /// Say what each rank does, on standard error
-    #[arg(short, long, action = clap::ArgAction::Count)]
-    pub verbose: u8,
 }
 
 /// Options of generating.
@@ -206,12 +201,14 @@ pub struct RunOptions {
 
 impl RunOptions {
     /// What must be the same on all ranks: [`ModelOptions::plan_options`], whether to measure, and who gives weights to whom.
-    pub fn shared_options(&self) -> String {
-        let weights_from = self.weights_from;
-        format!(
-            "{} --weights-from {weights_from:?}",
-            self.model.plan_options()
-        )
+    pub fn shared_options(&self) -> Vec<(String, String)> {
+        let source = self.weights_from;
+        let source = source.map_or("not given".into(), |rank| rank.to_string());
+        let calibrate = if self.calibrate { "given" } else { "not given" };
+        let mut options = self.model.plan_options();
+        options.push(("--weights-from".into(), source));
+        options.push(("--calibrate".into(), calibrate.into()));
+        options
     }
 
     /// [`Self::step_timeout`] as a duration.

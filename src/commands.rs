@@ -7,7 +7,7 @@ use crate::cost_store::{CostStore, Seat};
 use crate::hub::{self, Found};
 use crate::log::tell;
 use crate::model::Outline;
-use crate::plan::{self, Costs, ModelShape, Plan, WireDtype};
+use crate::plan::{self, Costs, Gain, ModelShape, Plan, WireDtype};
 use crate::planning::{self, Question};
 use anyhow::{Result, bail};
 use std::io::Write;
@@ -23,6 +23,7 @@ const MOST_HOSTS_TO_DOUBT: usize = 32;
 /// # Errors
 /// No model, a bad cluster file, or nothing that fits.
 pub fn plan(options: &PlanOptions) -> Result<()> {
+    crate::log::warn_on_stderr();
     let cluster = options.model.cluster.as_deref();
     let file = cluster
         .map(ClusterFile::read)
@@ -96,13 +97,14 @@ fn what_if(question: &Question) -> Result<String> {
     Ok(plan::what_if_table(&plans.collect::<Result<Vec<_>>>()?))
 }
 
-/// A line for each host without which the others were faster; empty if there is none.
+/// A line for each host without which one stream, or the full pipeline, were faster; hosts that are alike in
+/// this share one. Empty if there is none.
 fn hosts_that_slow_down(question: &Question, plan: &Plan) -> Result<String> {
-    let mut lines = String::new();
     let hosts = cluster::ranks_by_host(question.ranks);
     if hosts.len() > MOST_HOSTS_TO_DOUBT {
-        return Ok(lines);
+        return Ok(String::new());
     }
+    let mut without: Vec<(Vec<&str>, Gain, Plan)> = Vec::new();
     for (host, its_ranks) in &hosts {
         let all = 0..question.ranks.len();
         let kept: Vec<usize> = all.filter(|rank| !its_ranks.contains(rank)).collect();
@@ -113,11 +115,21 @@ fn hosts_that_slow_down(question: &Question, plan: &Plan) -> Result<String> {
         let Ok(fewer) = question.plan_of(&kept)? else {
             continue;
         };
-        if let Some(gain) = plan::gain_of_fewer(plan, &fewer) {
-            lines += &plan::without_line(host, gain, &fewer);
+        let Some(gain) = plan::gain_of_fewer(plan, &fewer) else {
+            continue;
+        };
+        let alike = without.iter_mut().find(|(_, other_gain, other)| {
+            *other_gain == gain && other.layer_ranges() == fewer.layer_ranges()
+        });
+        match alike {
+            Some((hosts, ..)) => hosts.push(host),
+            None => without.push((vec![host], gain, fewer)),
         }
     }
-    Ok(lines)
+    let lines = without.iter();
+    Ok(lines
+        .map(|(hosts, gain, fewer)| plan::without_line(hosts, *gain, fewer))
+        .collect())
 }
 
 /// The model's directory, without a download: a plan is a question, not an order.

@@ -18,6 +18,8 @@ use tracing::{info, warn};
 
 /// Raise it when a number changes its meaning.
 const SCHEMA: u32 = 1;
+/// Longer times were not measured: half an hour.
+const LONGEST_NS: u64 = 1_800_000_000_000;
 /// Larger files are not ours: a thousand hosts take less.
 const MAX_FILE_BYTES: u64 = 4 << 20;
 
@@ -64,7 +66,13 @@ impl CostStore {
         let kept = self.read()?;
         let device = |seat| kept.devices.get(&device_key(seat, seats)).cloned();
         let devices = seats.iter().map(device).collect::<Option<Vec<_>>>()?;
-        let link = |from: &Seat, to: &Seat| kept.links.get(&link_key(from, to)).copied();
+        // A cable is taken to be as fast the other way.
+        let link = |from: &Seat, to: &Seat| {
+            let known = kept.links.get(&link_key(from, to));
+            known
+                .or_else(|| kept.links.get(&link_key(to, from)))
+                .copied()
+        };
         let links = match seats {
             [] => return None,
             [_] => None,
@@ -97,8 +105,12 @@ impl CostStore {
                 kept.links.insert(link_key(last, first), links.back);
             }
         }
-        self.write(&kept)
-            .with_context(|| format!("keeping the calibration in {}", self.path.display()))
+        self.write(&kept).with_context(|| {
+            format!(
+                "the calibration could not be kept in {}",
+                self.path.display()
+            )
+        })
     }
 
     fn read(&self) -> Option<Kept> {
@@ -130,10 +142,15 @@ impl CostStore {
         let dir = self.path.parent().context("a file has a directory")?;
         fs::create_dir_all(dir)?;
         let beside = dir.join(format!(".{}.tmp", std::process::id()));
-        let mut file = fs::File::create(&beside)?;
-        file.write_all(&serde_json::to_vec_pretty(kept)?)?;
-        file.sync_all()?;
-        Ok(fs::rename(&beside, &self.path)?)
+        let put = || -> Result<()> {
+            let mut file = fs::File::create(&beside)?;
+            file.write_all(&serde_json::to_vec_pretty(kept)?)?;
+            file.sync_all()?;
+            Ok(fs::rename(&beside, &self.path)?)
+        };
+        put().inspect_err(|_| {
+            let _ = fs::remove_file(&beside);
+        })
     }
 }
 
@@ -143,8 +160,14 @@ impl Kept {
             return Some(format!("schema {}, expected {SCHEMA}", self.schema));
         }
         let of_device = |(key, cost): (&String, &DeviceCost)| {
-            let fault = cost.fault()?;
-            Some(format!("{key}: {fault}"))
+            let times = cost.layer.iter().map(|point| point.ns);
+            let mut times = times.chain([cost.head_ns, cost.step_ns, cost.context_ns]);
+            let fault =
+                match times.any(|ns| ns > LONGEST_NS) || cost.layer.iter().any(|at| at.ns == 0) {
+                    true => Some("a time that no computation takes"),
+                    false => cost.fault(),
+                };
+            Some(format!("{key}: {}", fault?))
         };
         let of_link = |(key, link): (&String, &LinkCost)| {
             (link.bytes_per_s == 0).then(|| format!("{key}: a link that carries nothing"))
@@ -155,12 +178,25 @@ impl Kept {
 }
 
 fn device_key(seat: &Seat, all: &[Seat]) -> String {
-    let sharers = all.iter().filter(|other| *other == seat).count();
-    format!("{} {} shared by {sharers}", seat.host, seat.device)
+    let same = |other: &&Seat| (other.name(), &other.device) == (seat.name(), &seat.device);
+    let sharers = all.iter().filter(same).count();
+    format!("{} {} shared by {sharers}", seat.name(), seat.device)
 }
 
 fn link_key(from: &Seat, to: &Seat) -> String {
-    format!("{} > {}", from.host, to.host)
+    format!("{} > {}", from.name(), to.name())
+}
+
+impl Seat {
+    /// The host's name up to its first dot, as the cluster file's names are compared; an address whole.
+    fn name(&self) -> String {
+        let is_address = self.host.parse::<std::net::IpAddr>().is_ok();
+        let label = match is_address {
+            true => &self.host,
+            false => self.host.split('.').next().unwrap_or(&self.host),
+        };
+        label.to_ascii_lowercase()
+    }
 }
 
 /// Equal for models whose parts have equal sizes, wherever a tied table stands.
@@ -246,8 +282,11 @@ mod tests {
         assert_eq!(store.find(&seats_of_three).as_ref(), Some(&costs));
         let alone = store.find(&seats(&["b"])).unwrap();
         assert_eq!((alone.devices, alone.links), (vec![device(200)], None));
-        // From b to a was never measured, nor two ranks on one host.
-        assert_eq!(store.find(&seats(&["a", "b"])), None);
+        // From b to a was never measured: it is taken to be as from a to b.
+        let two = store.find(&seats(&["a.local", "B"])).unwrap();
+        assert_eq!(two.links.map(|links| links.back), Some(link(12)));
+        // Nor were two ranks on one host, nor a host of another name.
+        assert_eq!(store.find(&seats(&["a", "d"])), None);
         assert_eq!(store.find(&seats(&["a", "a"])), None);
     }
 
@@ -279,6 +318,8 @@ mod tests {
             good.replace("\"schema\": 1", "\"schema\": 2"),
             good.replace("\"tokens\": 1", "\"tokens\": 2"),
             good.replace("\"bytes_per_s\": 1", "\"bytes_per_s\": 0"),
+            good.replace("\"ns\": 100", "\"ns\": 0"),
+            good.replace("\"ns\": 100", "\"ns\": 18446744073709551615"),
         ] {
             fs::write(&store.path, &damaged).unwrap();
             assert_eq!(store.find(&seats), None, "{damaged}");

@@ -107,8 +107,8 @@ pub fn cache_dir_or_default(named: Option<&Path>) -> Result<PathBuf> {
 pub fn download(id: &str) -> Result<PathBuf> {
     let failed = || {
         format!(
-            "the model {id} is not in the Hugging Face cache of this host ({}) and could not be downloaded; \
-             give a directory with --model, or run where a network is",
+            "there is no directory {id} here, the model {id} is not in the Hugging Face cache of this host ({}), \
+             and it could not be downloaded; give a directory with --model, or run where a network is",
             Cache::from_env().path().display()
         )
     };

@@ -16,6 +16,17 @@ pub fn tell(text: &str) {
     let _ = stderr.flush();
 }
 
+/// Warnings to standard error, for a command that is no run and has no ranks.
+pub fn warn_on_stderr() {
+    let _ = tracing_subscriber::fmt()
+        .with_max_level(tracing::Level::WARN)
+        .with_writer(std::io::stderr)
+        .with_ansi(false)
+        .with_target(false)
+        .without_time()
+        .try_init();
+}
+
 /// Writes every event behind the place that it comes from.
 #[derive(Debug)]
 pub struct RankFormat {

@@ -111,7 +111,13 @@ impl Question<'_> {
 
     fn costs_of(&self, kept: &[usize], ranks: &[RankDevice]) -> (TimeSource, Option<Costs>) {
         match self.costs.and_then(|costs| costs.of_ranks(kept)) {
-            Some(measured) => (TimeSource::Measured, Some(measured)),
+            Some(mut measured) => {
+                for (rank, (place, cost)) in kept.iter().zip(&mut measured.devices).enumerate() {
+                    let measured_with = self.ranks[*place].sharers.get() as u64;
+                    cost.shared_by(ranks[rank].sharers.get() as u64, measured_with);
+                }
+                (TimeSource::Measured, Some(measured))
+            }
             None => (TimeSource::Estimated, self.estimate(ranks)),
         }
     }

@@ -4,7 +4,6 @@ use crate::plan::{Plan, RequestTimes, Stage};
 use crate::request::Written;
 use serde::{Deserialize, Serialize};
 use serde_json::json;
-use std::fmt::Write;
 use std::time::Duration;
 
 /// What a rank's process may hold at most beside its planned weights and cache: program and libraries,
@@ -261,99 +260,119 @@ impl Report<'_> {
 
     /// The report for people, at most 80 columns wide.
     pub fn to_table(&self) -> String {
-        let mut table = String::new();
-        let mut line = |text: String| {
-            let _ = writeln!(table, "{text}");
-        };
-        line("sizes in GB = 1e9 bytes; over = peak less planned weights and cache, in MB".into());
-        line(
-            "rank  layers  planned  loaded   peak  over   busy s   wait s  wire s  sent MB".into(),
-        );
+        let tally = self.written.tally;
+        let mut lines = self.rank_lines();
+        lines.push(format!(
+            "loaded {} in {:.2} s; a copy of the model on every rank would be {}",
+            gigabytes(self.loaded_bytes()),
+            self.load_s(),
+            gigabytes(self.plan.full_copies_bytes()),
+        ));
+        lines.push(format!(
+            "{} answered, {} failed",
+            tally.answered, tally.failed
+        ));
+        if tally.answered > 0 {
+            lines.extend(self.pace_lines());
+        }
+        lines.push(format!("digest {}", self.written.digest));
+        lines.join("\n") + "\n"
+    }
+
+    /// A line a rank, under headings, and one for each rank that held more than is expected.
+    fn rank_lines(&self) -> Vec<String> {
+        let mut lines = vec![
+            "sizes in GB = 1e9 bytes; over = peak less planned weights and cache, in MB".to_owned(),
+            "rank  layers  planned  loaded   peak  over   busy s   wait s  wire s  sent MB"
+                .to_owned(),
+        ];
+        let mut above = Vec::new();
         for (rank, (report, stage)) in self.ranks.iter().zip(&self.plan.stages).enumerate() {
             let layers = format!("{}-{}", stage.layers.start, stage.layers.end - 1);
-            line(format!(
+            let over = over_plan_bytes(report, stage);
+            lines.push(format!(
                 "{rank:>4}  {layers:>6}  {:>7.3}  {:>6.3}  {:>5.3}  {:>4}  {:>7.2}  {:>7.2}  {:>6.3}  {:>7.2}",
                 stage.footprint.weights_bytes() as f64 / 1e9,
                 report.loaded_bytes as f64 / 1e9,
                 peak_bytes(report) as f64 / 1e9,
-                over_plan_bytes(report, stage) / 1_000_000,
+                over / 1_000_000,
                 report.busy_s,
                 report.wait_s,
                 report.wire_s,
                 report.sent_bytes as f64 / 1e6,
             ));
-        }
-        for (rank, (report, stage)) in self.ranks.iter().zip(&self.plan.stages).enumerate() {
-            let over = over_plan_bytes(report, stage);
             if over > PEAK_ALLOWANCE_BYTES as i64 {
-                line(format!(
+                above.push(format!(
                     "rank {rank} held {} MB more than planned; up to {} MB are expected",
                     over / 1_000_000,
                     PEAK_ALLOWANCE_BYTES / 1_000_000
                 ));
             }
         }
-        line(format!(
-            "loaded {} in {:.2} s; a copy of the model on every rank would be {}",
-            gigabytes(self.loaded_bytes()),
-            self.load_s(),
-            gigabytes(self.plan.full_copies_bytes()),
-        ));
-        let (measured, tally) = (&self.measured, self.written.tally);
-        line(format!(
-            "{} answered, {} failed",
-            tally.answered, tally.failed
-        ));
-        if tally.answered > 0 {
-            let pace = measured.pace();
-            line(format!(
-                "{} prompt tokens at {:.1}/s, {} sampled at {:.1}/s; time to first token {:.0} ms (median)",
-                measured.prompt_tokens(),
-                pace.prefill_tokens_per_s,
-                measured.sampled_tokens(),
-                pace.decode_tokens_per_s,
-                pace.time_to_first_token_s * 1e3,
-            ));
-            if let Some(predicted) = measured.predicted(self.plan, self.prefill_chunk) {
-                line(prediction_line(self.plan, pace, predicted));
-            }
-            let predicted = self
-                .predicted_idle_share()
-                .map_or_else(String::new, |share| {
-                    format!(", predicted {:.0} %", share * 100.0)
-                });
-            line(format!(
-                "stages idle {:.0} % of the time{predicted}",
-                self.idle_share() * 100.0
-            ));
+        lines.extend(above);
+        lines
+    }
+
+    /// How fast it was, and how fast it was predicted to be.
+    fn pace_lines(&self) -> Vec<String> {
+        let (measured, pace) = (&self.measured, self.measured.pace());
+        let mut lines = vec![format!(
+            "{} prompt tokens at {}/s, {} sampled at {}/s; first token {:.0} ms (median)",
+            measured.prompt_tokens(),
+            rate(pace.prefill_tokens_per_s),
+            measured.sampled_tokens(),
+            rate(pace.decode_tokens_per_s),
+            pace.time_to_first_token_s * 1e3,
+        )];
+        if let Some(predicted) = measured.predicted(self.plan, self.prefill_chunk) {
+            lines.extend(prediction_lines(self.plan, pace, predicted));
         }
-        line(format!("digest {}", self.written.digest));
-        table
+        let predicted = self.predicted_idle_share();
+        let predicted = predicted.map_or_else(String::new, |share| {
+            format!(", predicted {:.0} %", share * 100.0)
+        });
+        lines.push(format!(
+            "stages idle {:.0} % of the time{predicted}",
+            self.idle_share() * 100.0
+        ));
+        lines
     }
 }
 
-/// Prediction beside measurement: the same figures as the line above it, each with what the run was off by.
-fn prediction_line(plan: &Plan, measured: Pace, predicted: Pace) -> String {
+/// Prediction beside measurement: the same figures as in the line above it, each with what the run was off by.
+fn prediction_lines(plan: &Plan, measured: Pace, predicted: Pace) -> [String; 2] {
     let off = |measured: f64, predicted: f64| match error(measured, predicted) {
         Some(error) => format!(" ({:+.0} %)", error * 100.0),
         None => String::new(),
     };
-    format!(
-        "predicted ({}): prompts at {:.1}/s{}, sampled at {:.1}/s{}, first token {:.0} ms{}",
-        plan.times.name(),
-        predicted.prefill_tokens_per_s,
-        off(
-            measured.prefill_tokens_per_s,
-            predicted.prefill_tokens_per_s
+    let per_s = |measured: f64, predicted: f64| {
+        format!("{}/s{}", rate(predicted), off(measured, predicted))
+    };
+    let first_s = predicted.time_to_first_token_s;
+    [
+        format!(
+            "predicted, from times that were {} (in brackets: the run against it):",
+            plan.times.name()
         ),
-        predicted.decode_tokens_per_s,
-        off(measured.decode_tokens_per_s, predicted.decode_tokens_per_s),
-        predicted.time_to_first_token_s * 1e3,
-        off(
-            measured.time_to_first_token_s,
-            predicted.time_to_first_token_s
+        format!(
+            "  prompts {}, sampled {}, first token {:.0} ms{}",
+            per_s(
+                measured.prefill_tokens_per_s,
+                predicted.prefill_tokens_per_s
+            ),
+            per_s(measured.decode_tokens_per_s, predicted.decode_tokens_per_s),
+            first_s * 1e3,
+            off(measured.time_to_first_token_s, first_s),
         ),
-    )
+    ]
+}
+
+/// Tokens a second; `-` where there was no time to divide by.
+fn rate(tokens_per_s: f64) -> String {
+    match tokens_per_s > 0.0 {
+        true => format!("{tokens_per_s:.1}"),
+        false => "-".to_owned(),
+    }
 }
 
 /// By what share the measured figure is above the predicted one; `None` if there is nothing to compare.

@@ -144,7 +144,7 @@ impl Place {
 struct Introduction {
     version: String,
     place: Place,
-    plan_options: String,
+    options: Vec<(String, String)>,
     /// Path and text of the cluster file, and what names a model; those of rank 0 count.
     cluster_file: Option<(PathBuf, String)>,
     model: Option<String>,
@@ -171,7 +171,7 @@ impl Introduction {
                 profile: cluster::probe_local()?,
                 device: stage::device_kind()?.to_owned(),
             },
-            plan_options: options.shared_options(),
+            options: options.shared_options(),
             cluster_file,
             model: options.model.model.clone(),
             model_of_environment: cli::model_of_environment(),
@@ -201,11 +201,11 @@ impl Cluster {
             each(|rank| &rank.version),
             "build the same commit on every host",
         )?;
-        agree::same_on_all(
-            "options for the plan",
-            each(|rank| &rank.plan_options),
-            "start all ranks with the same ones",
-        )?;
+        let options: Vec<_> = all
+            .iter()
+            .map(|rank| (rank.place.host(), &rank.options[..]))
+            .collect();
+        agree::same_options(&options)?;
         let chosen = all.first().context("a run has a rank 0").and_then(choose);
         let (file, model) = agree::all_succeeded(transport, chosen)?;
         Ok(Self {

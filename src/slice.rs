@@ -5,7 +5,7 @@
 //! space or rights, is said too, and the run goes on from the model directory if this host has one.
 
 use crate::agree::{self, Failure};
-use crate::checkpoint::{Checkpoint, Consumed, Shard};
+use crate::checkpoint::{Checkpoint, CheckpointError, Consumed, Shard};
 use crate::handover;
 use crate::hub;
 use crate::model::ModelFiles;
@@ -15,6 +15,9 @@ use crate::transport::Transport;
 use anyhow::{Context, Result, anyhow};
 use std::path::{Path, PathBuf};
 use tracing::{info, warn};
+
+/// How often a file is opened that other runs put in place anew.
+const MOST_TRIES: u32 = 4;
 
 /// A stage, and what was read for it.
 pub type Loaded = (Stage, Consumed);
@@ -101,7 +104,7 @@ impl<'a> Slice<'a> {
                 let received = handover::receive_slice(transport, source, &cache.shard, &cache.dir);
                 received.with_context(|| {
                     format!(
-                        "receiving {} bytes from rank {source} into {} (--shard-cache names another directory)",
+                        "receiving {} bytes from rank {source} into {} (another directory: --shard-cache DIR)",
                         cache.shard.file_bytes(),
                         cache.dir.display()
                     )
@@ -132,12 +135,22 @@ impl<'a> Slice<'a> {
     }
 
     fn open_cached(&self, cache: &Cache) -> Result<Option<Loaded>> {
-        let Some(checkpoint) = cache.shard.open(&cache.dir)? else {
-            return Ok(None);
-        };
-        let loaded = self.load_from(&checkpoint)?;
-        info!("shard cache: read {} and no other", cache.shard.file_name());
-        Ok(Some(loaded))
+        let mut tries = 0;
+        loop {
+            let Some(checkpoint) = cache.shard.open(&cache.dir)? else {
+                return Ok(None);
+            };
+            tries += 1;
+            match self.load_from(&checkpoint) {
+                // Another run that wrote the same file has put its own in this one's place: as good a file.
+                Err(error) if was_replaced(&error) && tries < MOST_TRIES => {}
+                Err(error) => return Err(error),
+                Ok(loaded) => {
+                    info!("shard cache: read {} and no other", cache.shard.file_name());
+                    return Ok(Some(loaded));
+                }
+            }
+        }
     }
 
     /// From the model directory: by way of the cache, if there is one, so that what was written is read once.
@@ -164,6 +177,14 @@ impl<'a> Slice<'a> {
             format!("loading layers {}-{}", layers.start, layers.end - 1)
         })
     }
+}
+
+/// Whether a load ended because its file was another one by then.
+fn was_replaced(error: &anyhow::Error) -> bool {
+    error.chain().any(|cause| {
+        let cause = cause.downcast_ref::<CheckpointError>();
+        matches!(cause, Some(CheckpointError::FileChanged { .. }))
+    })
 }
 
 /// The file of a stage: the same on all ranks, so that a sender knows what a receiver waits for.

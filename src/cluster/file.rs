@@ -18,6 +18,9 @@ pub(super) const MAX_FILE_BYTES: u64 = 1 << 20;
 /// Largest memory a device may claim, in GB; keeps every size far from 64 bits.
 const MAX_GIGABYTES: f64 = 1e9;
 
+/// Smallest rate or latency a file may state, in the unit that it states it in: less is a slip.
+const LEAST_STATED: f64 = 1e-3;
+
 /// Largest rate or latency a file may state, in the unit that it states it in.
 const MAX_STATED: f64 = 1e6;
 
@@ -175,11 +178,11 @@ impl Stated {
 impl<'de> Deserialize<'de> for Stated {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
         let stated = f64::deserialize(deserializer)?;
-        if !(stated > 0.0 && stated <= MAX_STATED) {
+        if !(LEAST_STATED..=MAX_STATED).contains(&stated) {
             let found = de::Unexpected::Float(stated);
             return Err(de::Error::invalid_value(
                 found,
-                &"a number above 0 and up to 1e6",
+                &"a number from 0.001 to 1e6",
             ));
         }
         Ok(Self(stated))

@@ -7,14 +7,14 @@
 
 mod page;
 
-use crate::agree::{self, Failure, Usage};
+use crate::agree::{self, Failure, KnownTo, Usage};
 use crate::calibrate::{self, Link};
-use crate::cli::{self, DoctorOptions};
+use crate::cli::{self, RunOptions};
 use crate::cluster::{self, ClusterFile, DeviceProfile};
 use crate::commands;
 use crate::hub::{self, Found};
 use crate::model::ModelFiles;
-use crate::plan::{Plan, WireDtype};
+use crate::plan::{Plan, PlanError, WireDtype};
 use crate::planning::Question;
 use crate::session;
 use crate::stage;
@@ -48,8 +48,21 @@ struct Facts {
     usable_cores: u64,
     /// Names and addresses of the interfaces, but for loopback.
     interfaces: Vec<(String, IpAddr)>,
-    /// The directory it was found in.
-    model: Result<Model, String>,
+    /// What a run could not differ in between ranks, and its value here.
+    options: Vec<(String, String)>,
+    /// The model, or what is the matter with it.
+    model: Result<Model, NoModel>,
+}
+
+/// Why a rank has no model.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+enum NoModel {
+    /// None was named.
+    NotAsked,
+    /// It is not on this host.
+    Missing(String),
+    /// It is there and cannot be used.
+    Unusable(String),
 }
 
 /// A model as it lies on a host.
@@ -73,7 +86,7 @@ struct Measured {
 type Examined = (usize, usize, Result<Measured, String>);
 
 /// Looks, prints the page on rank 0, and returns the exit status: 0 where a run should succeed, else 1.
-pub fn run(options: &DoctorOptions) -> u8 {
+pub fn run(options: &RunOptions) -> u8 {
     let (mut transport, _) = match session::join(options.verbose) {
         Ok(joined) => joined,
         Err(status) => return status,
@@ -84,13 +97,18 @@ pub fn run(options: &DoctorOptions) -> u8 {
     }
 }
 
-fn examine(options: &DoctorOptions, transport: &mut MpiTransport) -> Result<u8, Failure> {
+fn examine(options: &RunOptions, transport: &mut MpiTransport) -> Result<u8, Failure> {
     let rank = transport.rank();
     let asked = match rank {
         0 => asked(options).map(Some),
         _ => Ok(None),
     };
-    let asked = agree::gather(transport, asked, Some(MEETING_LIMIT)).map_err(with_network_hint)?;
+    // An error that all have heard of is one of rank 0's words; any other, of their meeting.
+    let asked = agree::gather(transport, asked, Some(MEETING_LIMIT));
+    let asked = asked.map_err(|failure| match failure.known_to {
+        KnownTo::All => failure,
+        KnownTo::ThisRank => with_network_hint(failure),
+    })?;
     let asked = asked.into_iter().next().flatten();
     let asked = asked.context("rank 0 says what is asked")?;
 
@@ -106,7 +124,7 @@ fn examine(options: &DoctorOptions, transport: &mut MpiTransport) -> Result<u8, 
         all: &all,
         links: &links,
         plan: plan.as_ref(),
-        asked: &asked,
+        weights_from: options.weights_from,
     };
     let problems = page.problems();
     commands::print(&page.print(&problems))?;
@@ -132,7 +150,7 @@ impl Asked {
     }
 }
 
-fn asked(options: &DoctorOptions) -> Result<Asked> {
+fn asked(options: &RunOptions) -> Result<Asked> {
     let cluster = match &options.model.cluster {
         Some(path) => {
             let text = ClusterFile::read_text(path).map_err(Usage::of)?;
@@ -170,7 +188,7 @@ fn with_network_hint(failure: Failure) -> Failure {
 }
 
 /// What this rank knows, and the model that it found.
-fn facts(options: &DoctorOptions, model: Option<&str>) -> (Facts, Option<ModelFiles>) {
+fn facts(options: &RunOptions, model: Option<&str>) -> (Facts, Option<ModelFiles>) {
     let told = |error: anyhow::Error| format!("{error:#}");
     let chosen = stage::use_device(options.model.device.into());
     let device = chosen.and_then(|()| stage::device_kind());
@@ -188,6 +206,7 @@ fn facts(options: &DoctorOptions, model: Option<&str>) -> (Facts, Option<ModelFi
         available_bytes: cluster::available_bytes(),
         usable_cores: std::thread::available_parallelism().map_or(1, |cores| cores.get() as u64),
         interfaces: interfaces(),
+        options: options.shared_options(),
         model: match &opened {
             Ok(files) => Ok(Model {
                 dir: files.dir.display().to_string(),
@@ -195,19 +214,22 @@ fn facts(options: &DoctorOptions, model: Option<&str>) -> (Facts, Option<ModelFi
                 tensor_hash: files.tensor_hash(),
                 native_dtype: files.native_dtype().name().to_owned(),
             }),
-            Err(error) => Err(format!("{error:#}")),
+            Err(why) => Err(why.clone()),
         },
     };
     (facts, opened.ok())
 }
 
-fn open(model: Option<&str>) -> Result<ModelFiles> {
-    let model = model.context("no model was named; give --model to have it looked at")?;
-    match hub::find(model)? {
-        Found::Directory(dir) | Found::Cached(dir) => ModelFiles::open(&dir),
-        Found::NotCached(id) => Err(anyhow!(
-            "{id} is not in the Hugging Face cache of this host"
-        )),
+fn open(model: Option<&str>) -> Result<ModelFiles, NoModel> {
+    let model = model.ok_or(NoModel::NotAsked)?;
+    match hub::find(model) {
+        Ok(Found::Directory(dir) | Found::Cached(dir)) => {
+            ModelFiles::open(&dir).map_err(|error| NoModel::Unusable(format!("{error:#}")))
+        }
+        Ok(Found::NotCached(id)) => Err(NoModel::Missing(format!(
+            "there is no directory {id}, and it is not in the Hugging Face cache of this host"
+        ))),
+        Err(error) => Err(NoModel::Missing(format!("{error:#}"))),
     }
 }
 
@@ -280,11 +302,11 @@ fn grown_most(
 
 /// The plan that a run would make, or why it would make none.
 fn plan(
-    options: &DoctorOptions,
+    options: &RunOptions,
     asked: &Asked,
     all: &[Facts],
     files: &ModelFiles,
-) -> Result<Plan, String> {
+) -> Result<Plan, NoPlan> {
     let make = || -> Result<Plan> {
         let profiles = all.iter().map(|facts| facts.profile.clone());
         let profiles: Vec<DeviceProfile> = profiles
@@ -308,5 +330,16 @@ fn plan(
         }
         .plan()
     };
-    make().map_err(|error| format!("{error:#}"))
+    make().map_err(|error| NoPlan {
+        does_not_fit: matches!(error.downcast_ref(), Some(PlanError::DoesNotFit(_))),
+        why: format!("{error:#}"),
+    })
+}
+
+/// Why a run would not come to a plan.
+#[derive(Debug, Clone, PartialEq, Eq)]
+struct NoPlan {
+    /// The hosts have not enough memory; else something about the question is wrong.
+    does_not_fit: bool,
+    why: String,
 }

@@ -1,7 +1,8 @@
 //! What rank 0 makes of all that it has heard: tables, and a problem with its remedy for everything that stands
 //! in the way. Separate from the asking, so that it can be shown hosts that are not there.
 
-use super::{Asked, Examined, Facts, Measured};
+use super::{Examined, Facts, Measured, NoModel, NoPlan};
+use crate::agree;
 use crate::plan::{Align, Plan, Table, printable};
 use crate::report::PEAK_ALLOWANCE_BYTES;
 use std::collections::BTreeMap;
@@ -23,8 +24,9 @@ pub(super) struct Problem {
 pub(super) struct Page<'a> {
     pub(super) all: &'a [Facts],
     pub(super) links: &'a [Examined],
-    pub(super) plan: Option<&'a Result<Plan, String>>,
-    pub(super) asked: &'a Asked,
+    pub(super) plan: Option<&'a Result<Plan, NoPlan>>,
+    /// The rank that gives its weights to those that have none.
+    pub(super) weights_from: Option<usize>,
 }
 
 impl Page<'_> {
@@ -48,14 +50,20 @@ impl Page<'_> {
                 let _ = write!(page, "\n{}", self.memory(plan));
             }
             Some(Err(_)) => {}
-            None => page += "\nwithout a model on rank 0 there is no plan to hold memory against\n",
+            None if self.is_asked() => {
+                page += "\nwithout a model on rank 0 there is no plan to hold memory against\n";
+            }
+            None => {}
         }
         for (number, Problem { what, remedy }) in problems.iter().enumerate() {
             let _ = write!(page, "\nproblem {}: {what}\n  -> {remedy}\n", number + 1);
         }
-        page += match problems.is_empty() {
-            true => "\nnothing stands in the way of a run\n",
-            false => "",
+        page += match (problems.is_empty(), self.is_asked()) {
+            (false, _) => "",
+            (true, true) => "\nnothing stands in the way of a run\n",
+            (true, false) => {
+                "\nhosts and links are in order; with --model they are held against a model too\n"
+            }
         };
         page
     }
@@ -151,6 +159,12 @@ impl Page<'_> {
         table
     }
 
+    /// Whether a model was named.
+    fn is_asked(&self) -> bool {
+        let not_asked = |facts: &Facts| facts.model == Err(NoModel::NotAsked);
+        !self.all.iter().all(not_asked)
+    }
+
     /// All that stands in the way.
     pub(super) fn problems(&self) -> Vec<Problem> {
         let mut problems = Vec::new();
@@ -189,6 +203,16 @@ impl Page<'_> {
             |facts| facts.mpi.clone(),
             "install the same release of Open MPI on every host, and build mlx-pipe against it",
         );
+        let options = self
+            .all
+            .iter()
+            .map(|facts| (facts.host.as_str(), &facts.options[..]));
+        if let Some(difference) = agree::differing_option(&options.collect::<Vec<_>>()) {
+            problems.push(Problem {
+                what: format!("the ranks were started with different options: {difference}"),
+                remedy: "give all ranks the same ones".to_owned(),
+            });
+        }
     }
 
     fn host_problems(&self, problems: &mut Vec<Problem>) {
@@ -222,37 +246,32 @@ impl Page<'_> {
     }
 
     fn model_problems(&self, problems: &mut Vec<Problem>) {
-        if self.asked.model.is_none() {
+        if !self.is_asked() {
             return;
         }
         let known = self.all.iter().enumerate().find_map(|(rank, facts)| {
             let model = facts.model.as_ref().ok()?;
             Some((rank, model))
         });
+        // Ranks with the same trouble are told together.
+        let mut lacking: BTreeMap<(&str, bool), Vec<usize>> = BTreeMap::new();
         for (rank, facts) in self.all.iter().enumerate() {
-            let of_rank = format!("rank {rank} ({})", facts.host);
             match (&facts.model, known) {
-                (Err(error), None) => problems.push(Problem {
-                    what: format!("{of_rank}: {error}"),
-                    remedy:
-                        "no host has the model: name it with --model, download it or copy it here"
-                            .into(),
-                }),
-                (Err(error), Some((holder, _))) => problems.push(Problem {
-                    what: format!("{of_rank}: {error}"),
-                    remedy: format!(
-                        "copy the model directory of rank {holder} ({}) to this host, or run with \
-                         --weights-from {holder}",
-                        self.all[holder].host
-                    ),
-                }),
+                (Err(NoModel::Missing(why)), _) => {
+                    lacking.entry((why, false)).or_default().push(rank);
+                }
+                (Err(NoModel::Unusable(why)), _) => {
+                    lacking.entry((why, true)).or_default().push(rank);
+                }
                 (Ok(own), Some((holder, model)))
                     if (&own.config_hash, &own.tensor_hash)
                         != (&model.config_hash, &model.tensor_hash) =>
                 {
                     problems.push(Problem {
                         what: format!(
-                            "{of_rank} has another model under that name than rank {holder} ({}): {} and {}",
+                            "rank {rank} ({}) has another model under that name than rank {holder} ({}): {} \
+                             and {}",
+                            facts.host,
                             self.all[holder].host,
                             &own.tensor_hash[..8],
                             &model.tensor_hash[..8]
@@ -264,6 +283,41 @@ impl Page<'_> {
                 _ => {}
             }
         }
+        let holder = known.map(|(rank, _)| rank);
+        let is_helped = holder.is_some() && holder == self.weights_from;
+        for ((why, is_unusable), ranks) in lacking {
+            if is_helped && !is_unusable {
+                continue;
+            }
+            problems.push(Problem {
+                what: format!("{}: {why}", self.named(&ranks)),
+                remedy: match (is_unusable, holder) {
+                    (true, _) => "download or convert the model again, or take one that this version runs"
+                        .to_owned(),
+                    (false, None) => {
+                        "no host has the model: name it with --model, and download it or copy it to a host"
+                            .to_owned()
+                    }
+                    (false, Some(holder)) => format!(
+                        "copy the model directory of rank {holder} ({}) there, or run with --weights-from \
+                         {holder}",
+                        self.all[holder].host
+                    ),
+                },
+            });
+        }
+    }
+
+    /// `rank 1 (mini2)`, `ranks 1, 2 (mini2, mini3)`.
+    fn named(&self, ranks: &[usize]) -> String {
+        let numbers: Vec<String> = ranks.iter().map(ToString::to_string).collect();
+        let mut hosts: Vec<&str> = ranks
+            .iter()
+            .map(|&rank| self.all[rank].host.as_str())
+            .collect();
+        hosts.dedup();
+        let noun = if ranks.len() == 1 { "rank" } else { "ranks" };
+        format!("{noun} {} ({})", numbers.join(", "), hosts.join(", "))
     }
 
     fn link_problems(&self, problems: &mut Vec<Problem>) {
@@ -309,11 +363,14 @@ impl Page<'_> {
     fn plan_problems(&self, problems: &mut Vec<Problem>) {
         let plan = match self.plan {
             None => return,
-            Some(Err(error)) => {
+            Some(Err(NoPlan { why, does_not_fit })) => {
                 problems.push(Problem {
-                    what: error.clone(),
-                    remedy: "see above; `mlx-pipe plan --what-if` shows what other numbers of hosts come to"
-                        .into(),
+                    what: why.clone(),
+                    remedy: match does_not_fit {
+                        true => "take what would fit, a smaller model, or hosts with more memory",
+                        false => "correct the option, the cluster file or the number of ranks that this names",
+                    }
+                    .into(),
                 });
                 return;
             }

@@ -100,6 +100,16 @@ impl DeviceCost {
             .saturating_add(self.step_ns)
     }
 
+    /// Where fewer ranks share the host than when it was measured, they crowd each other in proportion less.
+    pub fn shared_by(&mut self, sharers: u64, measured_with: u64) {
+        let crowding = self.crowding_per_mille.saturating_sub(1000);
+        let others = sharers
+            .saturating_sub(1)
+            .min(measured_with.saturating_sub(1));
+        self.crowding_per_mille =
+            1000 + scaled(crowding, others, measured_with.saturating_sub(1).max(1));
+    }
+
     /// `ns` while the other ranks of the host compute too.
     pub(super) fn crowded(&self, ns: u64) -> u64 {
         scaled(ns, self.crowding_per_mille, 1000)

@@ -100,15 +100,15 @@ fn room_lines(
     [("longest context", context), ("most sequences", sequences)]
 }
 
-/// That the ranks are faster without `host`, and how to cut then; ends with a line break.
-pub fn without_line(host: &str, gain: Gain, fewer: &Plan) -> String {
+/// How fast the ranks would be without one of `hosts`, whichever, and how to cut then; ends with a line break.
+pub fn without_line(hosts: &[&str], gain: Gain, fewer: &Plan) -> String {
     let one = gain.one_stream_per_mille;
     let one = one.map_or_else(String::new, |per_mille| {
         format!("one stream {}, ", times(per_mille))
     });
     let head = format!(
-        "faster without {}: {one}full pipeline {}",
-        shorten(&printable(host), 24),
+        "without {}: {one}full pipeline {}",
+        shorten(&printable(&hosts.join(" or ")), 34),
         times(gain.pipeline_per_mille)
     );
     // Ranges of many ranks are long, and are to be copied: they keep to one line of their own.

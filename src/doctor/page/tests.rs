@@ -23,6 +23,7 @@ fn healthy(host: &str) -> Facts {
         }),
         available_bytes: Some(12_000_000_000),
         usable_cores: 8,
+        options: vec![("--context".to_owned(), "not given".to_owned())],
         interfaces: vec![("en0".to_owned(), IpAddr::from([192, 168, 7, 1]))],
         model: Ok(Model {
             dir: "models/m".to_owned(),
@@ -53,17 +54,13 @@ fn wired() -> Result<Measured, String> {
 fn told(
     all: &[Facts],
     links: &[Examined],
-    plan: Option<&Result<Plan, String>>,
+    plan: Option<&Result<Plan, NoPlan>>,
 ) -> (Vec<String>, String) {
-    let asked = Asked {
-        model: Some("models/m".to_owned()),
-        cluster: None,
-    };
     let page = Page {
         all,
         links,
         plan,
-        asked: &asked,
+        weights_from: None,
     };
     let problems = page.problems();
     let text = page.print(&problems);
@@ -118,8 +115,15 @@ fn each_difference_between_hosts_is_named_with_both_and_a_remedy() {
 
 #[test]
 fn what_one_host_lacks_is_told_with_what_to_do() {
-    let missing = one_problem(|facts| facts.model = Err("no directory".into()));
+    let missing = one_problem(|facts| facts.model = Err(NoModel::Missing("no directory".into())));
     assert!(missing.contains("--weights-from 0"), "{missing}");
+    let damaged = one_problem(|facts| facts.model = Err(NoModel::Unusable("cut short".into())));
+    assert!(damaged.contains("download or convert"), "{damaged}");
+    let options = one_problem(|facts| facts.options[0].1 = "512".into());
+    assert!(
+        options.contains("rank 1 (mini2) --context 512"),
+        "{options}"
+    );
     let bound = one_problem(|facts| facts.usable_cores = 1);
     assert!(
         bound.contains("1 of the host's 8 cores") && bound.contains("--bind-to none"),
@@ -169,7 +173,10 @@ fn slow_and_broken_links_between_hosts_are_problems_and_those_inside_a_host_are_
 
 #[test]
 fn a_plan_that_cannot_be_made_is_a_problem() {
-    let plan = Err("the model does not fit".to_owned());
+    let plan = Err(NoPlan {
+        does_not_fit: true,
+        why: "the model does not fit".to_owned(),
+    });
     let (problems, _) = told(&hosts(), &[], Some(&plan));
     assert!(
         problems[0].starts_with("the model does not fit"),
@@ -189,4 +196,25 @@ fn the_interface_that_carried_the_messages_is_the_one_whose_counter_grew_by_them
         Some("shared memory")
     );
     assert_eq!(carrier(BTreeMap::new(), 5000), None);
+}
+
+#[test]
+fn ranks_with_the_same_trouble_are_told_together_and_not_where_another_helps() {
+    let mut all = hosts();
+    for facts in &mut all[1..] {
+        facts.model = Err(NoModel::Missing("no directory".to_owned()));
+    }
+    let (problems, _) = told(&all, &[], None);
+    assert_eq!(problems.len(), 1, "{problems:?}");
+    assert!(
+        problems[0].starts_with("ranks 1, 2 (mini2, mini3): no directory"),
+        "{problems:?}"
+    );
+    let page = Page {
+        all: &all,
+        links: &[],
+        plan: None,
+        weights_from: Some(0),
+    };
+    assert_eq!(page.problems(), Vec::new());
 }
