@@ -365,6 +365,24 @@ fn digest(report: &Path) -> Value {
     report["digest"].clone()
 }
 
+/// The receivers have nothing to go back to: a file that another run puts in place while one is read must do.
+#[test]
+fn two_runs_may_receive_the_same_slices_at_once() {
+    let golden = golden(GOLDEN);
+    let hosts = Hosts::new(&golden, 0);
+    let requests = golden_requests(&golden);
+    for _ in 0..3 {
+        for host in 0..3 {
+            let _ = fs::remove_dir_all(hosts.dir(host).join("cache"));
+        }
+        let mut command = hosts.command(&["--weights-from", "0", "--shard-cache", "cache"]);
+        let mut start = || common::start(&mut command, requests.as_bytes());
+        for ran in [start(), start()].map(common::finish) {
+            answers(&golden, &ran.succeeded());
+        }
+    }
+}
+
 #[test]
 fn ranks_without_the_model_receive_their_tensors_once() {
     let golden = golden(GOLDEN);
