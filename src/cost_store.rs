@@ -7,6 +7,7 @@
 
 use crate::bounded_file;
 use crate::plan::{Costs, DeviceCost, LinkCost, LinkCosts, ModelShape, WireDtype};
+use crate::user_cache;
 use anyhow::{Context, Result};
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
@@ -52,7 +53,7 @@ impl CostStore {
     pub fn of(shape: &ModelShape, wire_dtype: WireDtype) -> Option<Self> {
         let name = format!("{}-{wire_dtype}.json", &shape_hash(shape)[..16]);
         Some(Self {
-            path: cache_dir()?.join("calibration").join(name),
+            path: user_cache::dir()?.join("calibration").join(name),
         })
     }
 
@@ -214,14 +215,6 @@ fn shape_hash(shape: &ModelShape) -> String {
         hash.update(number.to_le_bytes());
     }
     hex::encode(hash.finalize())
-}
-
-/// `$XDG_CACHE_HOME/mlx-pipe`, or `~/.cache/mlx-pipe`.
-fn cache_dir() -> Option<PathBuf> {
-    let given = |name: &str| std::env::var_os(name).map(PathBuf::from);
-    let base = given("XDG_CACHE_HOME").filter(|dir| dir.is_absolute());
-    let base = base.or_else(|| Some(given("HOME")?.join(".cache")))?;
-    Some(base.join("mlx-pipe"))
 }
 
 #[cfg(test)]

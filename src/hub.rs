@@ -3,6 +3,7 @@
 
 use crate::agree::Usage;
 use crate::checkpoint::{Checkpoint, CheckpointError};
+use crate::user_cache;
 use anyhow::{Context, Result, anyhow, bail};
 use hf_hub::Cache;
 use hf_hub::api::sync::{ApiBuilder, ApiError};
@@ -87,16 +88,11 @@ pub fn cache_dir_or_default(named: Option<&Path>) -> Result<PathBuf> {
     if let Some(dir) = named {
         return Ok(dir.to_owned());
     }
-    let set = |name: &str| std::env::var_os(name).filter(|value| !value.is_empty());
-    let cache = match (set("XDG_CACHE_HOME"), set("HOME")) {
-        (Some(cache), _) => PathBuf::from(cache),
-        (None, Some(home)) => Path::new(&home).join(".cache"),
-        (None, None) => bail!(
-            "no directory to keep received weights in: neither XDG_CACHE_HOME nor HOME is set; give one with \
-             --shard-cache"
-        ),
-    };
-    Ok(cache.join("mlx-pipe").join("shards"))
+    let cache = user_cache::dir().context(
+        "no directory to keep received weights in: neither XDG_CACHE_HOME nor HOME names one; give one with \
+         --shard-cache",
+    )?;
+    Ok(cache.join("shards"))
 }
 
 /// Downloads a model's files into the cache and returns their directory. The configuration comes last, so

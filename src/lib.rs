@@ -47,5 +47,6 @@ pub mod slice;
 pub mod stage;
 pub mod tokenizer;
 pub mod transport;
+pub mod user_cache;
 pub mod wait;
 pub mod wire;

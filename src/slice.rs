@@ -8,6 +8,7 @@ use crate::agree::{self, Failure};
 use crate::checkpoint::{Checkpoint, CheckpointError, Consumed, Shard};
 use crate::handover;
 use crate::hub;
+use crate::log::tell;
 use crate::model::ModelFiles;
 use crate::plan::{self, Plan};
 use crate::stage::Stage;
@@ -96,6 +97,7 @@ impl<'a> Slice<'a> {
             let slices = ranks
                 .map(|rank| Ok((rank, shard(self.files, &self.plan.stages[rank])?)))
                 .collect::<Result<Vec<_>>>()?;
+            tell_of_sending(&slices);
             handover::send_slices(transport, &self.files.checkpoint, &slices)?;
         }
         match (cached, &self.cache) {
@@ -176,6 +178,19 @@ impl<'a> Slice<'a> {
             let layers = &self.part.layers;
             format!("loading layers {}-{}", layers.start, layers.end - 1)
         })
+    }
+}
+
+/// It takes as long as the network does, so nobody should have to guess what is going on.
+fn tell_of_sending(slices: &[(usize, Shard)]) {
+    let bytes: u64 = slices.iter().map(|(_, shard)| shard.file_bytes()).sum();
+    let ranks: Vec<String> = slices.iter().map(|(rank, _)| rank.to_string()).collect();
+    if !ranks.is_empty() {
+        tell(&format!(
+            "sending {:.3} GB of weights to ranks without the model ({}), which keep them\n",
+            bytes as f64 / 1e9,
+            ranks.join(", ")
+        ));
     }
 }
 
