@@ -96,7 +96,7 @@ fn a_calibrated_plan_predicts_the_order_of_what_is_measured() {
     let scratch = tempfile::tempdir().unwrap();
     let file = scratch.path().join("r.json");
     let mut errors = Vec::new();
-    for _ in 0..3 {
+    for _ in 0..5 {
         let mut command = with_cache(on_cpu(mpirun(2)), scratch.path());
         command.arg("--model").arg(&model).arg("--calibrate");
         command.arg("--report").arg(&file);
