@@ -365,10 +365,16 @@ fn costs(
         limit_bytes: own.map_or(0, |device| device.memory_limit_bytes),
     };
     let costs = calibrate::measure(&question, transport)?;
-    if let Some(Err(error)) = store.map(|store| store.keep(&seats, &costs)) {
-        warn!("{error:#}");
-    }
-    Ok(Some(costs))
+    // What later runs will read is what this one goes by, so that they come to the same plan.
+    let kept = store.and_then(|store| match store.keep(&seats, &costs) {
+        Ok(()) => store.find(&seats),
+        Err(error) => {
+            warn!("{error:#}");
+            None
+        }
+    });
+    let kept = agree::gather(transport, Ok(kept), None)?;
+    Ok(kept.into_iter().next().flatten().or(Some(costs)))
 }
 
 fn make_plan(

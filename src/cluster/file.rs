@@ -60,6 +60,9 @@ pub struct DeviceEntry {
 
 /// The top of the file as it stands in JSON.
 #[derive(Deserialize)]
+#[serde(
+    expecting = "an object with `model_name`, `model_parallel_size`, `devices`, `link` and `links`, each optional"
+)]
 struct FileFields {
     model_name: Option<String>,
     model_parallel_size: Option<NonZeroUsize>,
@@ -70,6 +73,7 @@ struct FileFields {
 
 /// A link as it stands in JSON.
 #[derive(Clone, Copy, Debug, Deserialize)]
+#[serde(expecting = "an object with `latency_us` and `bandwidth_gbit_s`")]
 struct LinkFields {
     latency_us: Stated,
     bandwidth_gbit_s: Stated,
@@ -86,6 +90,7 @@ impl LinkFields {
 
 /// A link between two devices as it stands in JSON, in either direction.
 #[derive(Clone, Debug, Deserialize)]
+#[serde(expecting = "an object with `from`, `to`, `latency_us` and `bandwidth_gbit_s`")]
 struct NamedLink {
     from: String,
     to: String,
@@ -95,6 +100,7 @@ struct NamedLink {
 
 /// A device as it stands in JSON.
 #[derive(Deserialize)]
+#[serde(expecting = "an object with `hostname` or `device_id`, and `capabilities`")]
 struct DeviceFields {
     device_id: Option<String>,
     hostname: Option<String>,
@@ -102,6 +108,7 @@ struct DeviceFields {
 }
 
 #[derive(Clone, Copy, Debug, Default, Deserialize)]
+#[serde(expecting = "an object such as {\"memory_gb\": 16, \"gpu_cores\": 10}")]
 struct Capabilities {
     memory_gb: Option<Gigabytes>,
     gpu_cores: Option<NonZeroU32>,
@@ -235,8 +242,11 @@ impl ClusterFile {
             message: error.to_string(),
         };
         let mut json = serde_json::Deserializer::from_str(text);
-        let fields: FileFields = serde_path_to_error::deserialize(&mut json)
-            .map_err(|error| malformed(error.path().to_string(), error.into_inner()))?;
+        let fields: FileFields = serde_path_to_error::deserialize(&mut json).map_err(|error| {
+            // Where the text ends too early there is no path, which the crate writes `?`.
+            let field = error.path().to_string().replace('?', ".");
+            malformed(field, error.into_inner())
+        })?;
         json.end()
             .map_err(|error| malformed(".".to_owned(), error))?;
         let file = Self {

@@ -103,17 +103,14 @@ fn examine(options: &RunOptions, transport: &mut MpiTransport) -> Result<u8, Fai
         0 => asked(options).map(Some),
         _ => Ok(None),
     };
-    // An error that all have heard of is one of rank 0's words; any other, of their meeting.
     let asked = agree::gather(transport, asked, Some(MEETING_LIMIT));
-    let asked = asked.map_err(|failure| match failure.known_to {
-        KnownTo::All => failure,
-        KnownTo::ThisRank => with_network_hint(failure),
-    })?;
+    let asked = asked.map_err(with_network_hint)?;
     let asked = asked.into_iter().next().flatten();
     let asked = asked.context("rank 0 says what is asked")?;
 
     let (facts, files) = facts(options, asked.model.as_deref());
-    let all = agree::gather(transport, Ok(facts), None)?;
+    let all = agree::gather(transport, Ok(facts), Some(MEETING_LIMIT));
+    let all = all.map_err(with_network_hint)?;
     let links = links(&all, transport)?;
     if rank != 0 {
         // The status is rank 0's: `mpirun` passes on any that is not 0.
@@ -173,14 +170,18 @@ fn asked(options: &RunOptions) -> Result<Asked> {
     Ok(asked)
 }
 
-/// Ranks that do not even meet are mostly on a network that MPI chose badly.
+/// Ranks that do not even meet are mostly on a network that MPI chose badly. An error that all have heard of is
+/// another matter.
 fn with_network_hint(failure: Failure) -> Failure {
+    if failure.known_to == KnownTo::All {
+        return failure;
+    }
     let names: BTreeSet<String> = interfaces().into_iter().map(|(name, _)| name).collect();
     let names: Vec<String> = names.into_iter().collect();
     Failure {
         error: failure.error.context(format!(
-            "the ranks do not all reach each other; this host's interfaces are {}: name the one that connects \
-             the hosts with --mca btl_tcp_if_include, and let the firewall pass what comes from them",
+            "the ranks do not all reach each other, or one is stopped; this host's interfaces are {}: name the one \
+             that connects the hosts with --mca btl_tcp_if_include, and let the firewall pass what comes from them",
             names.join(", ")
         )),
         ..failure
