@@ -1,8 +1,8 @@
 //! Takes tensors out of a checkpoint and keeps account of what was taken.
 //!
 //! Bytes are read to where they are wanted and are nowhere else in this process. Mapping the file was tried and
-//! costs more than it saves: MLX copies out of it, so a large tensor would be there twice; its page tables
-//! take as long as the copy; and a file cut meanwhile ends the process by SIGBUS where here it is an error.
+//! costs more than it saves: MLX copies out of it, so a large tensor would be there twice; the kernel has to
+//! make page tables for it; and a file cut meanwhile ends the process by SIGBUS where here it is an error.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::File;

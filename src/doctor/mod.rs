@@ -68,10 +68,8 @@ enum NoModel {
 /// A model as it lies on a host.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 struct Model {
-    dir: String,
     config_hash: String,
     tensor_hash: String,
-    native_dtype: String,
 }
 
 /// A link of the pipeline, and what it went over.
@@ -210,10 +208,8 @@ fn facts(options: &RunOptions, model: Option<&str>) -> (Facts, Option<ModelFiles
         options: options.shared_options(),
         model: match &opened {
             Ok(files) => Ok(Model {
-                dir: files.dir.display().to_string(),
                 config_hash: files.config_hash.clone(),
                 tensor_hash: files.tensor_hash(),
-                native_dtype: files.native_dtype().name().to_owned(),
             }),
             Err(why) => Err(why.clone()),
         },

@@ -26,10 +26,8 @@ fn healthy(host: &str) -> Facts {
         options: vec![("--context".to_owned(), "not given".to_owned())],
         interfaces: vec![("en0".to_owned(), IpAddr::from([192, 168, 7, 1]))],
         model: Ok(Model {
-            dir: "models/m".to_owned(),
             config_hash: "c0ffee00".repeat(8),
             tensor_hash: "0123abcd".repeat(8),
-            native_dtype: "bf16".to_owned(),
         }),
     }
 }
