@@ -2,7 +2,8 @@
 //!
 //! The route of one token, and where to read about each part of it:
 //!
-//! 1. [`cli`] reads the command line; [`session`] takes a rank from the start of MPI to the report.
+//! 1. [`cli`] reads the command line; [`session`] takes a rank from the start of MPI to the report; in
+//!    [`meeting`] it gets to know the others.
 //! 2. [`cluster`], [`model::ModelFiles`], [`planning`] and [`plan`] decide, on every rank alike, which layers are whose;
 //!    [`agree`] makes sure that it is alike.
 //! 3. [`stage::Stage`] loads this rank's slice of the [`checkpoint`] through [`model`]; [`mod@slice`] knows where from, and
@@ -30,6 +31,7 @@ pub mod handover;
 pub mod hub;
 pub mod import;
 pub mod log;
+pub mod meeting;
 pub mod model;
 pub mod parcel;
 pub mod pipeline;

@@ -31,6 +31,15 @@ pub fn choose_model(
     })
 }
 
+/// What activations are computed in and travel in: the model's own dtype where all `devices` are GPUs (`gpu`), f32
+/// as soon as one of them is a CPU.
+pub fn wire_dtype<'a>(mut devices: impl Iterator<Item = &'a str>, native: WireDtype) -> WireDtype {
+    match devices.all(|device| device == "gpu") {
+        true => native,
+        false => WireDtype::F32,
+    }
+}
+
 /// What a plan is asked for.
 #[derive(Clone, Debug)]
 pub struct Question<'a> {

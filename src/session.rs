@@ -5,14 +5,14 @@ use crate::agree::{self, Failure, KnownTo, Usage};
 use crate::calibrate;
 use crate::checkpoint::Consumed;
 use crate::cli::{self, RunOptions};
-use crate::cluster::{self, ClusterFile, DeviceProfile, RankDevice};
-use crate::cost_store::{CostStore, Seat};
+use crate::cost_store::CostStore;
 use crate::handover;
 use crate::hub::{self, Found};
 use crate::log::{RankFormat, tell};
+use crate::meeting::{Cluster, Place};
 use crate::model::ModelFiles;
 use crate::pipeline::{Rows, Worker};
-use crate::plan::{self, Costs, Lookup, Plan, WireDtype};
+use crate::plan::{self, Costs, Lookup, Plan};
 use crate::planning;
 use crate::progress::Progress;
 use crate::prompts::{self, Prompts};
@@ -25,16 +25,10 @@ use crate::stage::{self, Stage};
 use crate::tokenizer::{Tokenizer, TokenizerError};
 use crate::transport::{self, MpiTransport, Transport};
 use crate::wait::{self, Interrupted};
-use crate::wire::PROTOCOL_VERSION;
 use anyhow::{Context, Result, anyhow, bail};
-use serde::{Deserialize, Serialize};
-use std::path::{Path, PathBuf};
-use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+use std::path::PathBuf;
+use std::time::{Instant, SystemTime, UNIX_EPOCH};
 use tracing::{info, warn};
-
-/// How long the ranks wait for each other to say who they are. Later waits have no limit: a download or a
-/// slow disk takes as long as it takes, and MPI notices a rank that has died.
-const MEETING_LIMIT: Duration = Duration::from_secs(120);
 
 /// Generates for every prompt on standard input. Returns the exit status of the program.
 pub fn run(options: &RunOptions) -> u8 {
@@ -116,151 +110,6 @@ fn generate(
             Ok(exit_status(report.written.tally))
         }
     }
-}
-
-/// What the ranks know of each other before they look at a model.
-struct Cluster {
-    ranks: Vec<Place>,
-    file: Option<ClusterFile>,
-    model: String,
-}
-
-/// Where a rank runs.
-#[derive(Serialize, Deserialize)]
-struct Place {
-    profile: DeviceProfile,
-    /// `cpu` or `gpu`: what its arrays are computed on.
-    device: String,
-}
-
-impl Place {
-    fn host(&self) -> &str {
-        &self.profile.hostname
-    }
-}
-
-/// What a rank tells the others first.
-#[derive(Serialize, Deserialize)]
-struct Introduction {
-    version: String,
-    place: Place,
-    options: Vec<(String, String)>,
-    /// Path and text of the cluster file, and what names a model; those of rank 0 count.
-    cluster_file: Option<(PathBuf, String)>,
-    model: Option<String>,
-    model_of_environment: Option<String>,
-}
-
-impl Introduction {
-    fn of(options: &RunOptions, rank: usize) -> Result<Self> {
-        stage::use_device(options.model.device.into()).map_err(Usage::of)?;
-        let mut cluster_file = None;
-        if rank == 0 {
-            if let Some(path) = &options.model.cluster {
-                let text = ClusterFile::read_text(path).map_err(Usage::of)?;
-                cluster_file = Some((path.clone(), text));
-            }
-            options.report.as_deref().map(try_report).transpose()?;
-        }
-        Ok(Self {
-            version: format!(
-                "{} (protocol {PROTOCOL_VERSION})",
-                env!("CARGO_PKG_VERSION")
-            ),
-            place: Place {
-                profile: cluster::probe_local()?,
-                device: stage::device_kind()?.to_owned(),
-            },
-            options: options.shared_options(),
-            cluster_file,
-            model: options.model.model.clone(),
-            model_of_environment: cli::model_of_environment(),
-        })
-    }
-}
-
-/// A report that cannot be written is better known before the run than after it.
-fn try_report(path: &Path) -> Result<()> {
-    std::fs::File::create(path)
-        .map(|_| ())
-        .map_err(|error| Usage::of(anyhow!("--report {}: {error}", path.display())))
-}
-
-impl Cluster {
-    fn meet(options: &RunOptions, transport: &mut MpiTransport) -> Result<Self, Failure> {
-        let local = Introduction::of(options, transport.rank());
-        let all = agree::gather(transport, local, Some(MEETING_LIMIT))?;
-        let each = |field: fn(&Introduction) -> &String| {
-            let values = all
-                .iter()
-                .map(move |rank| (rank.place.host(), field(rank).as_str()));
-            values.collect::<Vec<_>>()
-        };
-        agree::same_on_all(
-            "version of mlx-pipe",
-            each(|rank| &rank.version),
-            "build the same commit on every host",
-        )?;
-        let options: Vec<_> = all
-            .iter()
-            .map(|rank| (rank.place.host(), &rank.options[..]))
-            .collect();
-        agree::same_options(&options)?;
-        let chosen = all.first().context("a run has a rank 0").and_then(choose);
-        let (file, model) = agree::all_succeeded(transport, chosen)?;
-        Ok(Self {
-            ranks: all.into_iter().map(|rank| rank.place).collect(),
-            file,
-            model,
-        })
-    }
-
-    /// Activations travel in what all ranks can compute in: f32 as soon as one of them is a CPU.
-    fn wire_dtype(&self, files: &ModelFiles) -> WireDtype {
-        match self.ranks.iter().all(|place| place.device == "gpu") {
-            true => files.native_dtype(),
-            false => WireDtype::F32,
-        }
-    }
-
-    /// Each rank's device, as probed and as the cluster file has it.
-    fn devices(&self) -> Result<Vec<RankDevice>> {
-        let profiles: Vec<DeviceProfile> = self
-            .ranks
-            .iter()
-            .map(|place| place.profile.clone())
-            .collect();
-        cluster::assign(self.file.as_ref(), &profiles).map_err(Usage::of)
-    }
-
-    /// Where each rank computes.
-    fn seats(&self) -> Vec<Seat> {
-        let seat = |place: &Place| Seat {
-            host: place.host().to_owned(),
-            device: place.device.clone(),
-        };
-        self.ranks.iter().map(seat).collect()
-    }
-
-    /// A value of each rank, with the rank's host.
-    fn by_host<'a>(&'a self, values: &'a [String]) -> impl Iterator<Item = (&'a str, &'a str)> {
-        let hosts = self.ranks.iter().map(Place::host);
-        hosts.zip(values.iter().map(String::as_str))
-    }
-}
-
-/// The cluster file and the model that rank 0 named.
-fn choose(first: &Introduction) -> Result<(Option<ClusterFile>, String)> {
-    let file = match &first.cluster_file {
-        Some((path, text)) => Some(ClusterFile::parse(path, text).map_err(Usage::of)?),
-        None => None,
-    };
-    let model = planning::choose_model(
-        first.model.clone(),
-        file.as_ref().and_then(|file| file.model_name.clone()),
-        first.model_of_environment.clone(),
-    )?;
-    Ok((file, model))
 }
 
 /// Finds the model on every host; where it is missing, the first rank of the host downloads it, or the rank

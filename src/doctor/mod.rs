@@ -13,13 +13,13 @@ use crate::cli::{self, RunOptions};
 use crate::cluster::{self, ClusterFile, DeviceProfile};
 use crate::commands;
 use crate::hub::{self, Found};
+use crate::meeting;
 use crate::model::ModelFiles;
-use crate::plan::{Plan, PlanError, WireDtype};
-use crate::planning::Question;
+use crate::plan::{Plan, PlanError};
+use crate::planning::{self, Question};
 use crate::session;
 use crate::stage;
 use crate::transport::{MpiTransport, Transport};
-use crate::wire::PROTOCOL_VERSION;
 use anyhow::{Context, Result, anyhow};
 use page::Page;
 use serde::{Deserialize, Serialize};
@@ -159,12 +159,8 @@ fn asked(options: &RunOptions) -> Result<Asked> {
     };
     let file = asked.cluster_file()?;
     let in_file = file.and_then(|file| file.model_name);
-    asked.model = options
-        .model
-        .model
-        .clone()
-        .or(in_file)
-        .or(cli::model_of_environment());
+    let named = options.model.model.clone();
+    asked.model = planning::choose_model(named, in_file, cli::model_of_environment()).ok();
     Ok(asked)
 }
 
@@ -194,10 +190,7 @@ fn facts(options: &RunOptions, model: Option<&str>) -> (Facts, Option<ModelFiles
     let opened = open(model);
     let facts = Facts {
         host: gethostname::gethostname().to_string_lossy().into_owned(),
-        version: format!(
-            "{} (protocol {PROTOCOL_VERSION})",
-            env!("CARGO_PKG_VERSION")
-        ),
+        version: meeting::version(),
         mpi: MpiTransport::library(),
         threading: MpiTransport::threading(),
         device: device.map(str::to_owned).map_err(told),
@@ -311,11 +304,11 @@ fn plan(
             .map_err(|error| anyhow!(error))?;
         let file = asked.cluster_file()?;
         let ranks = cluster::assign(file.as_ref(), &profiles)?;
-        let on_gpus = all.iter().all(|facts| facts.device == Ok("gpu".into()));
-        let wire_dtype = match on_gpus {
-            true => files.native_dtype(),
-            false => WireDtype::F32,
-        };
+        // Where it cannot be told what a rank computes on, it is no GPU.
+        let devices = all
+            .iter()
+            .map(|facts| facts.device.as_deref().unwrap_or("cpu"));
+        let wire_dtype = planning::wire_dtype(devices, files.native_dtype());
         Question {
             options: &options.model,
             cluster: file.as_ref(),

@@ -1,0 +1,180 @@
+//! The ranks meet: each says who it is and how it was started, all hear all, and rank 0's words count for what
+//! only one can decide. Before that no rank knows where the others run, afterwards all know the same.
+
+use crate::agree::{self, Failure, Usage};
+use crate::cli::{self, RunOptions};
+use crate::cluster::{self, ClusterFile, DeviceProfile, RankDevice};
+use crate::cost_store::Seat;
+use crate::model::ModelFiles;
+use crate::plan::WireDtype;
+use crate::planning;
+use crate::stage;
+use crate::transport::{MpiTransport, Transport};
+use crate::wire::PROTOCOL_VERSION;
+use anyhow::{Context, Result, anyhow};
+use serde::{Deserialize, Serialize};
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+/// How long the ranks wait for each other to say who they are. Later waits have no limit: a download or a
+/// slow disk takes as long as it takes, and MPI notices a rank that has died.
+const MEETING_LIMIT: Duration = Duration::from_secs(120);
+
+/// What ranks must have in common to understand each other.
+pub fn version() -> String {
+    format!(
+        "{} (protocol {PROTOCOL_VERSION})",
+        env!("CARGO_PKG_VERSION")
+    )
+}
+
+/// What the ranks know of each other before they look at a model.
+pub struct Cluster {
+    /// One a rank.
+    pub ranks: Vec<Place>,
+    /// The cluster file that rank 0 read.
+    pub file: Option<ClusterFile>,
+    /// The model as it was named.
+    pub model: String,
+}
+
+/// Where a rank runs.
+#[derive(Serialize, Deserialize)]
+pub struct Place {
+    profile: DeviceProfile,
+    /// `cpu` or `gpu`: what its arrays are computed on.
+    pub device: String,
+}
+
+impl Place {
+    /// Its host's name.
+    pub fn host(&self) -> &str {
+        &self.profile.hostname
+    }
+}
+
+/// What a rank tells the others first.
+#[derive(Serialize, Deserialize)]
+struct Introduction {
+    version: String,
+    place: Place,
+    options: Vec<(String, String)>,
+    /// Path and text of the cluster file, and what names a model; those of rank 0 count.
+    cluster_file: Option<(PathBuf, String)>,
+    model: Option<String>,
+    model_of_environment: Option<String>,
+}
+
+impl Introduction {
+    fn of(options: &RunOptions, rank: usize) -> Result<Self> {
+        stage::use_device(options.model.device.into()).map_err(Usage::of)?;
+        let mut cluster_file = None;
+        if rank == 0 {
+            if let Some(path) = &options.model.cluster {
+                let text = ClusterFile::read_text(path).map_err(Usage::of)?;
+                cluster_file = Some((path.clone(), text));
+            }
+            options.report.as_deref().map(try_report).transpose()?;
+        }
+        Ok(Self {
+            version: version(),
+            place: Place {
+                profile: cluster::probe_local()?,
+                device: stage::device_kind()?.to_owned(),
+            },
+            options: options.shared_options(),
+            cluster_file,
+            model: options.model.model.clone(),
+            model_of_environment: cli::model_of_environment(),
+        })
+    }
+}
+
+/// A report that cannot be written is better known before the run than after it.
+fn try_report(path: &Path) -> Result<()> {
+    std::fs::File::create(path)
+        .map(|_| ())
+        .map_err(|error| Usage::of(anyhow!("--report {}: {error}", path.display())))
+}
+
+impl Cluster {
+    /// Hears who the others are, and makes sure that all are of one mind. All ranks call this first.
+    ///
+    /// # Errors
+    /// A rank that does not come, or ranks of different versions or options; a bad cluster file, or no model.
+    pub fn meet(options: &RunOptions, transport: &mut MpiTransport) -> Result<Self, Failure> {
+        let local = Introduction::of(options, transport.rank());
+        let all = agree::gather(transport, local, Some(MEETING_LIMIT))?;
+        let each = |field: fn(&Introduction) -> &String| {
+            let values = all
+                .iter()
+                .map(move |rank| (rank.place.host(), field(rank).as_str()));
+            values.collect::<Vec<_>>()
+        };
+        agree::same_on_all(
+            "version of mlx-pipe",
+            each(|rank| &rank.version),
+            "build the same commit on every host",
+        )?;
+        let options: Vec<_> = all
+            .iter()
+            .map(|rank| (rank.place.host(), &rank.options[..]))
+            .collect();
+        agree::same_options(&options)?;
+        let chosen = all.first().context("a run has a rank 0").and_then(choose);
+        let (file, model) = agree::all_succeeded(transport, chosen)?;
+        Ok(Self {
+            ranks: all.into_iter().map(|rank| rank.place).collect(),
+            file,
+            model,
+        })
+    }
+
+    /// Activations travel in what all ranks can compute in: f32 as soon as one of them is a CPU.
+    pub fn wire_dtype(&self, files: &ModelFiles) -> WireDtype {
+        let devices = self.ranks.iter().map(|place| place.device.as_str());
+        planning::wire_dtype(devices, files.native_dtype())
+    }
+
+    /// Each rank's device, as probed and as the cluster file has it.
+    ///
+    /// # Errors
+    /// A cluster file that is not for these hosts.
+    pub fn devices(&self) -> Result<Vec<RankDevice>> {
+        let profiles: Vec<DeviceProfile> = self
+            .ranks
+            .iter()
+            .map(|place| place.profile.clone())
+            .collect();
+        cluster::assign(self.file.as_ref(), &profiles).map_err(Usage::of)
+    }
+
+    /// Where each rank computes.
+    pub fn seats(&self) -> Vec<Seat> {
+        let seat = |place: &Place| Seat {
+            host: place.host().to_owned(),
+            device: place.device.clone(),
+        };
+        self.ranks.iter().map(seat).collect()
+    }
+
+    /// A value of each rank, with the rank's host.
+    pub fn by_host<'a>(&'a self, values: &'a [String]) -> impl Iterator<Item = (&'a str, &'a str)> {
+        let hosts = self.ranks.iter().map(Place::host);
+        hosts.zip(values.iter().map(String::as_str))
+    }
+}
+
+/// The cluster file and the model that rank 0 named.
+fn choose(first: &Introduction) -> Result<(Option<ClusterFile>, String)> {
+    let file = match &first.cluster_file {
+        Some((path, text)) => Some(ClusterFile::parse(path, text).map_err(Usage::of)?),
+        None => None,
+    };
+    let model = planning::choose_model(
+        first.model.clone(),
+        file.as_ref().and_then(|file| file.model_name.clone()),
+        first.model_of_environment.clone(),
+    )?;
+    Ok((file, model))
+}
