@@ -1,0 +1,614 @@
+//! Causal attention with grouped queries over a cache of keys and values.
+//!
+//! The cache is cut into blocks of 64 positions that begin at multiples of 64, keys with their columns outermost,
+//! so that sixteen positions are one vector, values as they come. A query goes over the blocks in order
+//! and keeps the largest score, the sum and the weighted values so far (the online softmax), so its result
+//! depends on its position and what lies before, not on the queries it is computed with.
+
+use crate::arch::{Kernel, LANES, Simd};
+use crate::isa::Isa;
+use crate::math::{exp, load_part, store_part};
+use crate::pool::Pool;
+use crate::rows::{Norm, normalise};
+
+/// Positions of a block.
+pub const BLOCK_TOKENS: usize = 64;
+
+/// Rows of scores, one for each query and head, that a thread works on at a time.
+const ROWS: usize = 32;
+
+/// What no score reaches: its exponential is 0.
+const HIDDEN: f32 = -3.0e38;
+
+/// Sizes of attention.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct HeadShape {
+    /// Heads of the queries, a multiple of those of keys and values.
+    pub head_count: usize,
+    /// Heads of keys and values.
+    pub kv_head_count: usize,
+    /// Width of a head, even.
+    pub head_dim: usize,
+}
+
+impl HeadShape {
+    /// Columns of the projections to queries, keys and values beside one another.
+    pub fn qkv_width(&self) -> usize {
+        (self.head_count + 2 * self.kv_head_count) * self.head_dim
+    }
+
+    /// Columns of what attention gives.
+    pub fn width(&self) -> usize {
+        self.head_count * self.head_dim
+    }
+
+    /// Width of a head's values in the cache: whole vectors.
+    fn padded(&self) -> usize {
+        self.head_dim.next_multiple_of(LANES)
+    }
+
+    /// Floats of a block's keys, `[kv_heads, head_dim, 64]`.
+    fn keys_len(&self) -> usize {
+        self.kv_head_count * self.head_dim * BLOCK_TOKENS
+    }
+
+    /// Floats of a block: its keys, then its values, `[kv_heads, 64, padded]`.
+    fn block_len(&self) -> usize {
+        self.keys_len() + self.kv_head_count * BLOCK_TOKENS * self.padded()
+    }
+}
+
+/// Keys and values of one sequence in one layer.
+#[derive(Debug)]
+pub struct KvCache {
+    shape: HeadShape,
+    blocks: Vec<Box<[f32]>>,
+    length: usize,
+}
+
+impl KvCache {
+    /// An empty cache.
+    pub fn new(shape: HeadShape) -> Self {
+        Self {
+            shape,
+            blocks: Vec::new(),
+            length: 0,
+        }
+    }
+
+    /// Tokens held.
+    pub fn length(&self) -> usize {
+        self.length
+    }
+
+    /// Holds `length` tokens from now on: those beyond are forgotten, or zeros where there were none.
+    pub fn resize(&mut self, length: usize) {
+        let blocks = length.div_ceil(BLOCK_TOKENS);
+        if self.blocks.len() < blocks {
+            let block_len = self.shape.block_len();
+            let block = || vec![0f32; block_len].into_boxed_slice();
+            self.blocks.resize_with(blocks, block);
+        }
+        self.length = length;
+    }
+}
+
+/// The rows of a step that belong to one sequence, and where they stand in it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Span {
+    /// First row of the step's rows.
+    pub row: usize,
+    /// Rows.
+    pub count: usize,
+    /// Position of the first row in its sequence.
+    pub start: usize,
+}
+
+/// Cosines and sines of a step's positions.
+#[derive(Debug, Default)]
+pub struct Rotation {
+    /// Pairs of a head.
+    pairs: usize,
+    /// `[tokens, pairs]`
+    cosines: Vec<f32>,
+    /// `[tokens, pairs]`
+    sines: Vec<f32>,
+}
+
+impl Rotation {
+    /// Angle of pair `i` of a token at position `p`: `p * frequencies[i]`, in radians.
+    pub fn new(frequencies: &[f64], spans: &[Span]) -> Self {
+        let positions = spans
+            .iter()
+            .flat_map(|span| span.start..span.start + span.count);
+        let angles = positions.flat_map(|position| {
+            frequencies
+                .iter()
+                .map(move |frequency| position as f64 * frequency)
+        });
+        let (sines, cosines) = angles
+            .map(|angle| {
+                let (sine, cosine) = angle.sin_cos();
+                (sine as f32, cosine as f32)
+            })
+            .unzip();
+        Self {
+            pairs: frequencies.len(),
+            cosines,
+            sines,
+        }
+    }
+}
+
+/// What a step asks of attention in every layer.
+#[derive(Debug)]
+pub struct Step {
+    /// Each sequence's rows, in the order of the rows.
+    pub spans: Vec<Span>,
+    /// Of all rows.
+    pub rotation: Rotation,
+}
+
+/// One layer's attention.
+#[derive(Debug)]
+pub struct Attention {
+    /// Sizes.
+    pub shape: HeadShape,
+    /// Norms of queries and keys over a head.
+    pub qk_norm: Option<[Norm; 2]>,
+}
+
+/// Rotates, keeps and attends. `qkv`: `[tokens, qkv_width]`, queries, keys and values beside one another, and left
+/// with the queries rotated; `caches`: of each span's sequence, of `span.start` tokens, and longer by the span afterwards;
+/// `out`: `[tokens, width]`.
+///
+/// # Panics
+/// Slices of other lengths, or a cache that is not where its span starts.
+pub fn attend(
+    (isa, pool): (Isa, &Pool),
+    attention: &Attention,
+    step: &Step,
+    caches: &mut [&mut KvCache],
+    qkv: &mut [f32],
+    out: &mut [f32],
+) {
+    let shape = attention.shape;
+    let tokens: usize = step.spans.iter().map(|span| span.count).sum();
+    assert!(shape.head_count.is_multiple_of(shape.kv_head_count));
+    assert_eq!(qkv.len(), tokens * shape.qkv_width());
+    assert_eq!(out.len(), tokens * shape.width());
+    assert_eq!(caches.len(), step.spans.len());
+    assert_eq!(2 * step.rotation.pairs, shape.head_dim);
+    assert_eq!(step.rotation.cosines.len(), tokens * step.rotation.pairs);
+    for norm in attention.qk_norm.iter().flatten() {
+        assert_eq!(norm.weight.len(), shape.head_dim);
+    }
+    let mut row = 0;
+    let mut sequences = Vec::with_capacity(caches.len());
+    for (span, cache) in step.spans.iter().zip(caches) {
+        assert_eq!(
+            (span.row, span.start),
+            (row, cache.length),
+            "a span out of place"
+        );
+        assert_eq!(cache.shape, shape);
+        row += span.count;
+        cache.resize(span.start + span.count);
+        sequences.push(Sequence {
+            span: *span,
+            blocks: cache
+                .blocks
+                .iter_mut()
+                .map(|block| block.as_mut_ptr())
+                .collect(),
+        });
+    }
+    let task = Task {
+        attention,
+        rotation: &step.rotation,
+        sequences: &sequences,
+        qkv: qkv.as_mut_ptr(),
+        out: out.as_mut_ptr(),
+    };
+    let of_tokens: Vec<_> = sequences
+        .iter()
+        .flat_map(|sequence| (0..sequence.span.count).map(move |token| (sequence, token)))
+        .collect();
+    pool.run(tokens, &|unit| {
+        let (sequence, token) = of_tokens[unit];
+        isa.run(Keep {
+            task: &task,
+            sequence,
+            token,
+        });
+    });
+    let units = task.units();
+    pool.run(units.len(), &|unit| {
+        isa.run(Attend {
+            task: &task,
+            unit: &units[unit],
+        })
+    });
+}
+
+/// A span and the blocks of its cache.
+struct Sequence {
+    span: Span,
+    blocks: Vec<*mut f32>,
+}
+
+struct Task<'a> {
+    attention: &'a Attention,
+    rotation: &'a Rotation,
+    sequences: &'a [Sequence],
+    /// Written by `Keep`, each token by one thread; then only read.
+    qkv: *mut f32,
+    /// Each token and head by one thread.
+    out: *mut f32,
+}
+
+// SAFETY: the pointers are into slices that `attend` holds, and threads write to places of their own: of queries,
+// keys and values those of a token, of the results those of a unit.
+unsafe impl Sync for Task<'_> {}
+// SAFETY: as above.
+unsafe impl Sync for Sequence {}
+
+/// Some tokens of a sequence and the query heads that share one head of keys and values.
+struct Unit<'a> {
+    sequence: &'a Sequence,
+    kv_head: usize,
+    /// First token of the span.
+    first: usize,
+    count: usize,
+}
+
+impl Task<'_> {
+    fn group(&self) -> usize {
+        self.attention.shape.head_count / self.attention.shape.kv_head_count
+    }
+
+    fn units(&self) -> Vec<Unit<'_>> {
+        let at_once = (ROWS / self.group()).max(1);
+        let mut units = Vec::new();
+        for sequence in self.sequences {
+            let tokens = sequence.span.count;
+            // The last tokens have the most to look at: they go first.
+            for first in (0..tokens).step_by(at_once).rev() {
+                units.extend((0..self.attention.shape.kv_head_count).map(|kv_head| Unit {
+                    sequence,
+                    kv_head,
+                    first,
+                    count: at_once.min(tokens - first),
+                }));
+            }
+        }
+        units
+    }
+}
+
+/// Norms and rotates a token's queries and keys, and puts keys and values into the cache.
+struct Keep<'a> {
+    task: &'a Task<'a>,
+    sequence: &'a Sequence,
+    token: usize,
+}
+
+impl Kernel for Keep<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    unsafe fn run<S: Simd>(self) {
+        let shape = self.task.attention.shape;
+        let dim = shape.head_dim;
+        let row = self.sequence.span.row + self.token;
+        let position = self.sequence.span.start + self.token;
+        let rotation = self.task.rotation;
+        let scale = 1.0 / (dim as f32).sqrt();
+        let (q_norm, k_norm) = match &self.task.attention.qk_norm {
+            None => (None, None),
+            Some([q, k]) => (Some(q), Some(k)),
+        };
+        // SAFETY: row and heads are inside of `qkv`, position inside of the blocks; lengths were checked.
+        unsafe {
+            let cosines = rotation.cosines.as_ptr().add(row * rotation.pairs);
+            let sines = rotation.sines.as_ptr().add(row * rotation.pairs);
+            let angles = [cosines, sines];
+            let queries = self.task.qkv.add(row * shape.qkv_width());
+            for head in 0..shape.head_count {
+                rotate::<S>(queries.add(head * dim), dim, q_norm, angles, scale);
+            }
+            let block = self.sequence.blocks[position / BLOCK_TOKENS];
+            let slot = position % BLOCK_TOKENS;
+            let keys = queries.add(shape.width());
+            let values = keys.add(shape.kv_head_count * dim);
+            for head in 0..shape.kv_head_count {
+                let key = keys.add(head * dim);
+                rotate::<S>(key, dim, k_norm, angles, 1.0);
+                let kept = block.add(head * dim * BLOCK_TOKENS + slot);
+                for column in 0..dim {
+                    *kept.add(column * BLOCK_TOKENS) = *key.add(column);
+                }
+                let kept =
+                    block.add(shape.keys_len() + (head * BLOCK_TOKENS + slot) * shape.padded());
+                std::ptr::copy_nonoverlapping(values.add(head * dim), kept, dim);
+            }
+        }
+    }
+}
+
+/// Norms a head, rotates element `i` with `i + dim / 2`, and scales.
+///
+/// # Safety
+/// The processor has `S`; the head has `dim` elements, the angles half as many.
+#[inline(always)]
+unsafe fn rotate<S: Simd>(
+    head: *mut f32,
+    dim: usize,
+    norm: Option<&Norm>,
+    [cosines, sines]: [*const f32; 2],
+    scale: f32,
+) {
+    // SAFETY: the caller's promise.
+    unsafe {
+        if let Some(norm) = norm {
+            normalise::<S>(head, norm, head);
+        }
+        let half = dim / 2;
+        let mut at = 0;
+        while at < half {
+            let left = half - at;
+            let (cosine, sine) = (
+                load_part::<S>(cosines.add(at), left),
+                load_part::<S>(sines.add(at), left),
+            );
+            let (low, high) = (head.add(at), head.add(half + at));
+            let (a, b) = (load_part::<S>(low, left), load_part::<S>(high, left));
+            let rotated_a = S::sub(S::mul(a, cosine), S::mul(b, sine));
+            let rotated_b = S::add(S::mul(b, cosine), S::mul(a, sine));
+            let scale = S::splat(scale);
+            store_part::<S>(low, left, S::mul(rotated_a, scale));
+            store_part::<S>(high, left, S::mul(rotated_b, scale));
+            at += LANES;
+        }
+    }
+}
+
+/// Scores, softmax and weighted values of a unit.
+struct Attend<'a> {
+    task: &'a Task<'a>,
+    unit: &'a Unit<'a>,
+}
+
+/// One row: a query of a head.
+#[derive(Clone, Copy)]
+struct Row {
+    query: *const f32,
+    position: usize,
+    /// The largest score so far.
+    largest: f32,
+    /// The sum of the exponentials so far.
+    sum: f32,
+    /// What the values so far are multiplied with.
+    fade: f32,
+}
+
+impl Kernel for Attend<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    unsafe fn run<S: Simd>(self) {
+        let shape = self.task.attention.shape;
+        let (group, padded) = (self.task.group(), shape.padded());
+        let span = &self.unit.sequence.span;
+        let mut rows: Vec<Row> = (0..self.unit.count * group)
+            .map(|row| {
+                let token = self.unit.first + row / group;
+                let head = self.unit.kv_head * group + row % group;
+                let at = (span.row + token) * shape.qkv_width() + head * shape.head_dim;
+                Row {
+                    query: self.task.qkv.wrapping_add(at),
+                    position: span.start + token,
+                    largest: f32::NEG_INFINITY,
+                    sum: 0.0,
+                    fade: 0.0,
+                }
+            })
+            .collect();
+        let mut scores = vec![0f32; rows.len() * BLOCK_TOKENS];
+        let mut values = vec![0f32; rows.len() * padded];
+        let seen = span.start + self.unit.first + self.unit.count;
+        for (index, block) in self.unit.sequence.blocks.iter().enumerate() {
+            let from = index * BLOCK_TOKENS;
+            if from >= seen {
+                break;
+            }
+            let count = BLOCK_TOKENS.min(seen - from);
+            // SAFETY: blocks, rows and scratch are as long as the shape says.
+            unsafe {
+                let keys = block.add(self.unit.kv_head * shape.head_dim * BLOCK_TOKENS);
+                let of_values =
+                    block.add(shape.keys_len() + self.unit.kv_head * BLOCK_TOKENS * padded);
+                score_block::<S>(&rows, keys, shape.head_dim, count, &mut scores);
+                for (row, scores) in rows.iter_mut().zip(scores.chunks_exact_mut(BLOCK_TOKENS)) {
+                    soften::<S>(row, from, count, scores);
+                }
+                add_values::<S>(&rows, &scores, of_values, padded, count, &mut values);
+            }
+        }
+        for (index, (row, values)) in rows.iter().zip(values.chunks_exact(padded)).enumerate() {
+            let token = span.row + self.unit.first + index / group;
+            let head = self.unit.kv_head * group + index % group;
+            let at = token * shape.width() + head * shape.head_dim;
+            // SAFETY: token and head are inside of `out`, and this unit's.
+            unsafe {
+                let inverse = S::splat(1.0 / row.sum);
+                let mut column = 0;
+                while column < shape.head_dim {
+                    let value = S::mul(S::load(values.as_ptr().add(column)), inverse);
+                    let to = self.task.out.add(at + column);
+                    store_part::<S>(to, shape.head_dim - column, value);
+                    column += LANES;
+                }
+            }
+        }
+    }
+}
+
+/// `scores[row][t] = query of row . key t` for the first `count` positions of a block, rounded up to vectors.
+///
+/// # Safety
+/// The processor has `S`; `keys` is `[dim, 64]`, and the scores have 64 for each row.
+#[inline(always)]
+unsafe fn score_block<S: Simd>(
+    rows: &[Row],
+    keys: *const f32,
+    dim: usize,
+    count: usize,
+    scores: &mut [f32],
+) {
+    let mut at = 0;
+    while at < rows.len() {
+        let left = rows.len() - at;
+        // SAFETY: the caller's promise; `at` and the tile are inside of the rows.
+        unsafe {
+            let (rows, scores) = (
+                rows.as_ptr().add(at),
+                scores.as_mut_ptr().add(at * BLOCK_TOKENS),
+            );
+            at += match left {
+                4.. => score_tile::<S, 4>(rows, keys, dim, count, scores),
+                3 => score_tile::<S, 3>(rows, keys, dim, count, scores),
+                2 => score_tile::<S, 2>(rows, keys, dim, count, scores),
+                _ => score_tile::<S, 1>(rows, keys, dim, count, scores),
+            };
+        }
+    }
+}
+
+/// # Safety
+/// As [`score_block`], for `TILE` rows.
+#[inline(always)]
+unsafe fn score_tile<S: Simd, const TILE: usize>(
+    rows: *const Row,
+    keys: *const f32,
+    dim: usize,
+    count: usize,
+    scores: *mut f32,
+) -> usize {
+    // SAFETY: the caller's promise.
+    unsafe {
+        let mut queries = [std::ptr::null::<f32>(); TILE];
+        for (row, query) in queries.iter_mut().enumerate() {
+            *query = (*rows.add(row)).query;
+        }
+        for position in (0..count).step_by(LANES) {
+            let mut sums = [S::splat(0.0); TILE];
+            for column in 0..dim {
+                let key = S::load(keys.add(column * BLOCK_TOKENS + position));
+                for row in 0..TILE {
+                    sums[row] = S::mul_add(S::splat(*queries[row].add(column)), key, sums[row]);
+                }
+            }
+            for (row, sum) in sums.into_iter().enumerate() {
+                S::store(scores.add(row * BLOCK_TOKENS + position), sum);
+            }
+        }
+    }
+    TILE
+}
+
+/// Makes a row's scores of a block exponentials over the largest score so far.
+///
+/// # Safety
+/// The processor has `S`.
+#[inline(always)]
+unsafe fn soften<S: Simd>(row: &mut Row, from: usize, count: usize, scores: &mut [f32]) {
+    // What the row may see of the block: at least one position of the first block.
+    let seen = (row.position + 1).saturating_sub(from).min(count);
+    let padded = count.next_multiple_of(LANES);
+    scores[seen..padded].fill(HIDDEN);
+    // SAFETY: the caller's promise; a block is whole vectors.
+    unsafe {
+        let mut largest = S::splat(HIDDEN);
+        for at in (0..padded).step_by(LANES) {
+            largest = S::max(S::load(scores.as_ptr().add(at)), largest);
+        }
+        let largest = S::largest(largest).max(row.largest);
+        let mut fade = [0f32; LANES];
+        S::store(fade.as_mut_ptr(), exp::<S>(S::splat(row.largest - largest)));
+        let mut sums = S::splat(0.0);
+        for at in (0..padded).step_by(LANES) {
+            let place = scores.as_mut_ptr().add(at);
+            let weight = exp::<S>(S::sub(S::load(place), S::splat(largest)));
+            S::store(place, weight);
+            sums = S::add(sums, weight);
+        }
+        row.largest = largest;
+        row.fade = fade[0];
+        row.sum = row.sum.mul_add(row.fade, S::sum(sums));
+    }
+}
+
+/// `values[row] = values[row] * fade + weights . block's values`.
+///
+/// # Safety
+/// The processor has `S`; `of_block` is `[64, padded]`, `values` `[rows, padded]`.
+#[inline(always)]
+unsafe fn add_values<S: Simd>(
+    rows: &[Row],
+    weights: &[f32],
+    of_block: *const f32,
+    padded: usize,
+    count: usize,
+    values: &mut [f32],
+) {
+    let mut at = 0;
+    while at < rows.len() {
+        let left = rows.len() - at;
+        // SAFETY: the caller's promise; `at` and the tile are inside of the rows.
+        unsafe {
+            let rows = rows.as_ptr().add(at);
+            let weights = weights.as_ptr().add(at * BLOCK_TOKENS);
+            let values = values.as_mut_ptr().add(at * padded);
+            let block = (of_block, padded, count);
+            at += match left {
+                4.. => values_tile::<S, 4>(rows, weights, block, values),
+                3 => values_tile::<S, 3>(rows, weights, block, values),
+                2 => values_tile::<S, 2>(rows, weights, block, values),
+                _ => values_tile::<S, 1>(rows, weights, block, values),
+            };
+        }
+    }
+}
+
+/// # Safety
+/// As [`add_values`], for `TILE` rows.
+#[inline(always)]
+unsafe fn values_tile<S: Simd, const TILE: usize>(
+    rows: *const Row,
+    weights: *const f32,
+    (of_block, padded, count): (*const f32, usize, usize),
+    values: *mut f32,
+) -> usize {
+    // SAFETY: the caller's promise.
+    unsafe {
+        for column in (0..padded).step_by(LANES) {
+            let mut sums = [S::splat(0.0); TILE];
+            for (row, sum) in sums.iter_mut().enumerate() {
+                let before = S::load(values.add(row * padded + column));
+                *sum = S::mul(before, S::splat((*rows.add(row)).fade));
+            }
+            for position in 0..count {
+                let value = S::load(of_block.add(position * padded + column));
+                for row in 0..TILE {
+                    let weight = S::splat(*weights.add(row * BLOCK_TOKENS + position));
+                    sums[row] = S::mul_add(weight, value, sums[row]);
+                }
+            }
+            for (row, sum) in sums.into_iter().enumerate() {
+                S::store(values.add(row * padded + column), sum);
+            }
+        }
+    }
+    TILE
+}

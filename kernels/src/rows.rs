@@ -1,0 +1,259 @@
+//! The rows that a linear layer multiplies its weight with: normalised, and quantised for every group size
+//! that the weights have.
+//!
+//! A group of a row becomes whole numbers `q` of at most ±[`LARGEST_QUANTUM`] and one scale: `x = scale * q`, with an
+//! error of at most half a scale, 1.5e-5 of the group's largest element. The products with codes are then exact
+//! integers, in any order; and a row's numbers depend on the row alone.
+
+use crate::arch::{Kernel, LANES, LARGEST_QUANTUM, QUAD_BYTES, Simd};
+use crate::isa::Isa;
+use crate::math::{inverse_rms, load_part, store_part};
+use crate::pool::Pool;
+
+/// Less than this is taken for zero: its reciprocal would overflow.
+const SMALLEST: f32 = 1e-30;
+
+/// An RMS norm.
+#[derive(Debug)]
+pub struct Norm {
+    /// `[width]`
+    pub weight: Vec<f32>,
+    /// Added to the mean of the squares.
+    pub eps: f32,
+}
+
+/// Rows quantised in groups of one size.
+#[derive(Debug, Default)]
+pub struct QuantizedRows {
+    /// Columns of a group.
+    pub(crate) group_size: usize,
+    /// Rows.
+    pub(crate) tokens: usize,
+    /// `[groups, tokens, group_size]` in the form of [`Simd::pack`].
+    pub(crate) quads: Vec<u8>,
+    /// `[groups, tokens]` of scale, scale times the sum of the whole numbers, and that sum.
+    pub(crate) scales: Vec<[f32; 3]>,
+}
+
+impl QuantizedRows {
+    /// Bytes of a group of a row.
+    pub(crate) fn group_bytes(&self) -> usize {
+        self.group_size / 4 * QUAD_BYTES
+    }
+
+    fn resize(&mut self, group_size: usize, tokens: usize, width: usize) {
+        self.group_size = group_size;
+        self.tokens = tokens;
+        let groups = width / group_size;
+        self.quads.resize(groups * tokens * self.group_bytes(), 0);
+        self.scales.resize(groups * tokens, [0.0; 3]);
+    }
+}
+
+/// What weights want of the rows.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Wanted {
+    /// The rows as floats.
+    pub floats: bool,
+    /// The group sizes to quantise them for, each once.
+    pub group_sizes: Vec<usize>,
+}
+
+/// Rows, ready. Kept and used again, for its memory.
+#[derive(Debug, Default)]
+pub struct Rows {
+    tokens: usize,
+    width: usize,
+    /// `[tokens, width]`, if wanted or normalised.
+    floats: Vec<f32>,
+    quantized: Vec<QuantizedRows>,
+}
+
+impl Rows {
+    /// Makes the rows of `x`, `[tokens, width]`, ready.
+    ///
+    /// # Panics
+    /// A group size that does not divide the width, or a norm of another width.
+    pub fn prepare(
+        &mut self,
+        (isa, pool): (Isa, &Pool),
+        x: &[f32],
+        width: usize,
+        norm: Option<&Norm>,
+        wanted: &Wanted,
+    ) {
+        self.tokens = x.len() / width;
+        self.width = width;
+        assert_eq!(x.len(), self.tokens * width);
+        assert!(norm.is_none_or(|norm| norm.weight.len() == width));
+        if wanted.floats || norm.is_some() {
+            self.floats.resize(x.len(), 0.0);
+        }
+        self.quantized
+            .resize_with(wanted.group_sizes.len(), Default::default);
+        for (rows, &group_size) in self.quantized.iter_mut().zip(&wanted.group_sizes) {
+            assert!(width.is_multiple_of(group_size) && group_size.is_multiple_of(LANES));
+            rows.resize(group_size, self.tokens, width);
+        }
+        let writer = Writer {
+            floats: self.floats.as_mut_ptr(),
+            quantized: self
+                .quantized
+                .iter_mut()
+                .map(|rows| Destination {
+                    group_size: rows.group_size,
+                    group_bytes: rows.group_bytes(),
+                    quads: rows.quads.as_mut_ptr(),
+                    scales: rows.scales.as_mut_ptr(),
+                })
+                .collect(),
+            tokens: self.tokens,
+            copies: wanted.floats,
+        };
+        pool.run(self.tokens, &|token| {
+            isa.run(PrepareRow {
+                x: &x[token * width..][..width],
+                norm,
+                token,
+                writer: &writer,
+            });
+        });
+    }
+
+    /// Rows.
+    pub fn tokens(&self) -> usize {
+        self.tokens
+    }
+
+    /// Columns.
+    pub fn width(&self) -> usize {
+        self.width
+    }
+
+    /// `[tokens, width]`; there if wanted.
+    pub(crate) fn floats(&self) -> &[f32] {
+        &self.floats[..self.tokens * self.width]
+    }
+
+    /// The rows in groups of that size; there if wanted.
+    pub(crate) fn quantized(&self, group_size: usize) -> &QuantizedRows {
+        let found = self
+            .quantized
+            .iter()
+            .find(|rows| rows.group_size == group_size);
+        found.expect("prepared for all group sizes of the weights")
+    }
+}
+
+/// Where one group size's numbers go.
+struct Destination {
+    group_size: usize,
+    group_bytes: usize,
+    quads: *mut u8,
+    scales: *mut [f32; 3],
+}
+
+/// Where rows are written: each by one thread, to places of its own.
+struct Writer {
+    floats: *mut f32,
+    quantized: Vec<Destination>,
+    tokens: usize,
+    /// Floats are wanted though there is no norm.
+    copies: bool,
+}
+
+// SAFETY: the pointers are into vectors that `prepare` holds; every token is written by one thread only.
+unsafe impl Sync for Writer {}
+
+struct PrepareRow<'a> {
+    x: &'a [f32],
+    norm: Option<&'a Norm>,
+    token: usize,
+    writer: &'a Writer,
+}
+
+impl Kernel for PrepareRow<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    unsafe fn run<S: Simd>(self) {
+        // SAFETY: the vectors have been made long enough for all tokens; the norm is as wide as `x`.
+        unsafe {
+            let width = self.x.len();
+            let own = self.writer.floats.wrapping_add(self.token * width);
+            let mut x = self.x.as_ptr();
+            if let Some(norm) = self.norm {
+                normalise::<S>(x, norm, own);
+                x = own;
+            } else if self.writer.copies {
+                std::ptr::copy_nonoverlapping(x, own, width);
+            }
+            for to in &self.writer.quantized {
+                for group in 0..width / to.group_size {
+                    let place = group * self.writer.tokens + self.token;
+                    let quads = to.quads.add(place * to.group_bytes);
+                    let from = x.add(group * to.group_size);
+                    *to.scales.add(place) = quantize::<S>(from, to.group_size, quads);
+                }
+            }
+        }
+    }
+}
+
+/// `x / rms(x) * weight`.
+///
+/// # Safety
+/// The processor has `S`; `x` and `out` are as long as the norm.
+#[inline(always)]
+pub(crate) unsafe fn normalise<S: Simd>(x: *const f32, norm: &Norm, out: *mut f32) {
+    // SAFETY: the caller's promise.
+    unsafe {
+        let width = norm.weight.len();
+        let inverse = S::splat(inverse_rms::<S>(x, width, norm.eps));
+        let mut at = 0;
+        while at < width {
+            let lanes = load_part::<S>(x.add(at), width - at);
+            let weight = load_part::<S>(norm.weight.as_ptr().add(at), width - at);
+            let normed = S::mul(S::mul(lanes, inverse), weight);
+            store_part::<S>(out.add(at), width - at, normed);
+            at += LANES;
+        }
+    }
+}
+
+/// Quantises a group; its scale, scale times the sum, and the sum. Elements that are no numbers make the scale none.
+///
+/// # Safety
+/// The processor has `S`; `x` has `count` elements, a multiple of sixteen, and `quads` room for twice as many
+/// bytes.
+#[inline(always)]
+unsafe fn quantize<S: Simd>(x: *const f32, count: usize, quads: *mut u8) -> [f32; 3] {
+    // SAFETY: the caller's promise.
+    unsafe {
+        let mut largest = S::splat(0.0);
+        for at in (0..count).step_by(LANES) {
+            largest = S::max_magnitude(largest, S::load(x.add(at)));
+        }
+        let mut lanes = [0f32; LANES];
+        S::store(lanes.as_mut_ptr(), largest);
+        let largest = lanes.iter().map(|lane| lane.to_bits()).max().unwrap_or(0);
+        let largest = f32::from_bits(largest);
+        let (scale, inverse) = match largest {
+            _ if !largest.is_finite() => (f32::NAN, 0.0),
+            _ if largest < SMALLEST => (0.0, 0.0),
+            _ => (largest / LARGEST_QUANTUM, LARGEST_QUANTUM / largest),
+        };
+        let limit = S::splat(LARGEST_QUANTUM);
+        let mut sum = S::splat(0.0);
+        for at in (0..count).step_by(LANES) {
+            let scaled = S::round(S::mul(S::load(x.add(at)), S::splat(inverse)));
+            // The first operand of both is what may be no number.
+            let whole = S::min(S::max(scaled, S::sub(S::splat(0.0), limit)), limit);
+            sum = S::add(sum, whole);
+            S::pack(whole, quads.add(2 * at));
+        }
+        // Whole numbers below 2^24: exact in any order.
+        let sum = S::sum(sum);
+        [scale, scale * sum, sum]
+    }
+}
