@@ -3,7 +3,7 @@
 use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
 use mlx_pipe_kernels::{
     FloatType, Isa, Linear, PackedRows, Pool, Quantized, QuantizedShape, Rows, Weight, multiply,
-    pack_block, wanted,
+    wanted,
 };
 use std::time::Duration;
 
@@ -21,13 +21,13 @@ fn weight(bits: usize, outputs: usize, inputs: usize) -> Linear {
         .collect();
     // 2^-7 in bf16.
     let floats = [0, 0x3C].repeat(16 * shape.groups());
-    for block in weight.blocks_mut() {
+    for block in 0..shape.blocks() {
         let rows = PackedRows {
             codes: &codes,
             scales: &floats,
             biases: &floats,
         };
-        pack_block(&shape, rows, block);
+        weight.pack(&Pool::new(1), block, rows);
     }
     Linear {
         weight: Weight::Quantized(weight),

@@ -25,6 +25,8 @@ mod memory;
 mod plain;
 mod pool;
 mod quantized;
+#[cfg(feature = "primitive")]
+pub mod primitive;
 mod rows;
 
 #[cfg(test)]
@@ -34,7 +36,7 @@ pub use attention::{Attention, BLOCK_TOKENS, HeadShape, KvCache, Rotation, Span,
 pub use isa::{Isa, VARIABLE};
 pub use layer::{Layer, Scratch};
 pub use linear::{Linear, Weight, multiply, multiply_gated, wanted};
-pub use plain::{Plain, PlainShape, pack_plain_block};
+pub use plain::{Plain, PlainShape};
 pub use pool::Pool;
-pub use quantized::{FloatType, PackedRows, Quantized, QuantizedShape, pack_block};
+pub use quantized::{FloatType, PackedRows, Quantized, QuantizedShape};
 pub use rows::{Norm, Rows, Wanted};

@@ -371,35 +371,31 @@ impl QuantizedBlock<'_> {
         }
     }
 
-    /// Row `token` of the chunk in group `group`.
+    /// The quads of a tile, token `token` of the chunk its first.
     #[inline(always)]
-    unsafe fn place(&self, group: usize, token: usize) -> usize {
-        group * self.rows.tokens + self.first + token
+    unsafe fn quads(&self, group: usize, token: usize) -> *const u8 {
+        let at = group * self.rows.tokens + self.first + token;
+        // SAFETY: a group of a token of the rows.
+        unsafe { self.rows.quads.as_ptr().add(at * self.rows.group_bytes()) }
     }
 
     /// As many tokens as the registers hold the sums of: codes are used where they are unpacked.
     #[inline(always)]
     unsafe fn few<S: Simd, const BITS: usize, const TOKENS: usize>(self) {
         let shape = *self.weight.shape();
-        let row_bytes = self.rows.group_bytes();
         // SAFETY: all groups of the block, and all places of the rows, are inside of their buffers.
         unsafe {
             let mut totals = [S::splat(0.0); TOKENS];
             for group in 0..shape.groups() {
                 let codes = self.block.add(group * shape.group_bytes());
-                let quads = self
-                    .rows
-                    .quads
-                    .as_ptr()
-                    .add(self.place(group, 0) * row_bytes);
+                let quads = self.quads(group, 0);
                 let mut sums = [S::no_sum(); TOKENS];
                 for unit in 0..shape.group_size / UNIT_COLUMNS {
                     let codes = codes.add(unit * BITS * VECTOR_BYTES);
-                    let quads = quads.add(unit * UNIT_COLUMNS / 4 * QUAD_BYTES);
+                    let quads = quads.add(unit * UNIT_COLUMNS / 4 * TOKENS * QUAD_BYTES);
                     let dot = Dot::<S, TOKENS> {
                         sums: &mut sums,
                         quads,
-                        row_bytes,
                     };
                     unpack::<S, BITS>(codes, dot);
                 }
@@ -453,21 +449,17 @@ impl QuantizedBlock<'_> {
         token: usize,
         unpacked: *const S::Codes,
     ) -> usize {
-        let row_bytes = self.rows.group_bytes();
-        // SAFETY: as above.
+        let (first, in_tile) = QuantizedRows::tile::<S>(self.count, token);
+        // SAFETY: as above; a chunk begins with a tile.
         unsafe {
-            let quads = self
-                .rows
-                .quads
-                .as_ptr()
-                .add(self.place(group, token) * row_bytes);
+            let mut quads = self.quads(group, first).add((token - first) * QUAD_BYTES);
             let mut sums = [S::no_sum(); TOKENS];
             for quad in 0..self.rows.group_size / 4 {
                 let codes = *unpacked.add(quad);
                 for (token, sum) in sums.iter_mut().enumerate() {
-                    let quad = quads.add(token * row_bytes + quad * QUAD_BYTES);
-                    *sum = S::dot(*sum, codes, quad);
+                    *sum = S::dot(*sum, codes, quads.add(token * QUAD_BYTES));
                 }
+                quads = quads.add(in_tile * QUAD_BYTES);
             }
             let at = self.sums.add(token * LANES);
             let mut totals = [S::splat(0.0); TOKENS];
@@ -500,7 +492,8 @@ impl QuantizedBlock<'_> {
             let float_bytes = shape.scale_type.bytes();
             let scale = load_floats::<S>(floats, shape.scale_type);
             let bias = load_floats::<S>(floats.add(LANES * float_bytes), shape.scale_type);
-            let of_rows = self.rows.scales.as_ptr().add(self.place(group, token));
+            let at = group * self.rows.tokens + self.first + token;
+            let of_rows = self.rows.scales.as_ptr().add(at);
             for (token, (sum, total)) in sums.into_iter().zip(totals).enumerate() {
                 let [row_scale, row_sum, quanta] = *of_rows.add(token);
                 let factor = S::mul(scale, S::splat(row_scale));
@@ -522,16 +515,15 @@ trait TakeQuads<S: Simd> {
 struct Dot<'a, S: Simd, const TOKENS: usize> {
     sums: &'a mut [S::Sum; TOKENS],
     quads: *const u8,
-    row_bytes: usize,
 }
 
 impl<S: Simd, const TOKENS: usize> TakeQuads<S> for Dot<'_, S, TOKENS> {
     #[inline(always)]
     unsafe fn take(&mut self, quad: usize, codes: S::Codes) {
         for token in 0..TOKENS {
-            // SAFETY: `quads` has a unit's quads of all tokens, `row_bytes` apart.
+            // SAFETY: `quads` has a unit's quads of a tile of `TOKENS`.
             unsafe {
-                let quad = self.quads.add(token * self.row_bytes + quad * QUAD_BYTES);
+                let quad = self.quads.add((quad * TOKENS + token) * QUAD_BYTES);
                 self.sums[token] = S::dot(self.sums[token], codes, quad);
             }
         }

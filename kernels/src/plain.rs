@@ -3,7 +3,9 @@
 
 use crate::arch::LANES;
 use crate::memory::Buffer;
+use crate::pool::Pool;
 use crate::quantized::FloatType;
+use std::sync::{Mutex, PoisonError};
 
 /// Shape and dtype of a weight of floats.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -41,7 +43,7 @@ pub struct Plain {
 }
 
 impl Plain {
-    /// A weight of zeros, to be filled by [`pack_plain_block`].
+    /// A weight of zeros, to be filled by [`Self::pack`].
     pub fn zeroed(shape: PlainShape) -> Self {
         Self {
             shape,
@@ -60,10 +62,24 @@ impl Plain {
         &self.buffer.as_slice()[block * bytes..][..bytes]
     }
 
-    /// All blocks, to be packed, each on its own.
-    pub fn blocks_mut(&mut self) -> impl Iterator<Item = &mut [u8]> {
-        let bytes = self.shape.block_bytes();
-        self.buffer.as_mut_slice().chunks_exact_mut(bytes.max(1))
+    /// Packs rows (row-major, little-endian) from the first row of block `first` on, on all threads.
+    ///
+    /// # Panics
+    /// Rows that end within a block that is not the last one.
+    pub fn pack(&mut self, pool: &Pool, first: usize, rows: &[u8]) {
+        let shape = self.shape;
+        let row_bytes = shape.row_bytes();
+        let count = rows.len() / row_bytes.max(1);
+        assert!(count.is_multiple_of(LANES) || first * LANES + count == shape.outputs);
+        let blocks = self.buffer.as_mut_slice().chunks_exact_mut(shape.block_bytes().max(1));
+        let blocks = blocks.skip(first).take(count.div_ceil(LANES));
+        let blocks: Vec<_> = blocks.map(Mutex::new).collect();
+        assert_eq!(blocks.len(), count.div_ceil(LANES));
+        pool.run(blocks.len(), &|index| {
+            let of_block = index * LANES * row_bytes..rows.len().min((index + 1) * LANES * row_bytes);
+            let mut block = blocks[index].lock().unwrap_or_else(PoisonError::into_inner);
+            pack_plain_block(&shape, &rows[of_block], &mut block);
+        });
     }
 
     /// Row `row` as f32, `[inputs]`.
@@ -90,7 +106,7 @@ impl Plain {
 ///
 /// # Panics
 /// Slices of other lengths than the shape says.
-pub fn pack_plain_block(shape: &PlainShape, rows: &[u8], block: &mut [u8]) {
+fn pack_plain_block(shape: &PlainShape, rows: &[u8], block: &mut [u8]) {
     let count = rows.len() / shape.row_bytes().max(1);
     assert!(count <= LANES && rows.len() == count * shape.row_bytes());
     assert_eq!(block.len(), shape.block_bytes());

@@ -9,7 +9,9 @@
 
 use crate::arch::{LANES, VECTOR_BYTES};
 use crate::memory::Buffer;
+use crate::pool::Pool;
 use half::{bf16, f16};
+use std::sync::{Mutex, PoisonError};
 
 /// Columns of a unit of codes.
 pub const UNIT_COLUMNS: usize = 32;
@@ -140,10 +142,31 @@ impl Quantized {
         &self.buffer.as_slice()[block * bytes..][..bytes]
     }
 
-    /// Blocks `first..`, to be packed, each on its own.
-    pub fn blocks_mut(&mut self) -> impl Iterator<Item = &mut [u8]> {
-        let bytes = self.shape.block_bytes();
-        self.buffer.as_mut_slice().chunks_exact_mut(bytes.max(1))
+    /// Packs rows as the checkpoint holds them, from the first row of block `first` on, on all threads.
+    ///
+    /// # Panics
+    /// Rows that end within a block that is not the last one, or slices of other lengths than the shape says.
+    pub fn pack(&mut self, pool: &Pool, first: usize, rows: PackedRows) {
+        let shape = self.shape;
+        let row_bytes = shape.row_bytes();
+        let row_floats = shape.groups() * shape.scale_type.bytes();
+        let count = rows.codes.len() / row_bytes.max(1);
+        assert!(count.is_multiple_of(LANES) || first * LANES + count == shape.outputs);
+        let blocks = self.buffer.as_mut_slice().chunks_exact_mut(shape.block_bytes().max(1));
+        let blocks = blocks.skip(first).take(count.div_ceil(LANES));
+        let blocks: Vec<_> = blocks.map(Mutex::new).collect();
+        assert_eq!(blocks.len(), count.div_ceil(LANES));
+        pool.run(blocks.len(), &|index| {
+            let of_block = index * LANES..count.min((index + 1) * LANES);
+            let part = |bytes: &'_ [u8], of_row: usize| of_block.start * of_row..bytes.len().min(of_block.end * of_row);
+            let rows = PackedRows {
+                codes: &rows.codes[part(rows.codes, row_bytes)],
+                scales: &rows.scales[part(rows.scales, row_floats)],
+                biases: &rows.biases[part(rows.biases, row_floats)],
+            };
+            let mut block = blocks[index].lock().unwrap_or_else(PoisonError::into_inner);
+            pack_block(&shape, rows, &mut block);
+        });
     }
 
     /// Row `row` as floats, `[inputs]`.
@@ -184,7 +207,7 @@ pub struct PackedRows<'a> {
 ///
 /// # Panics
 /// Slices of other lengths than the shape says.
-pub fn pack_block(shape: &QuantizedShape, rows: PackedRows, block: &mut [u8]) {
+fn pack_block(shape: &QuantizedShape, rows: PackedRows, block: &mut [u8]) {
     let count = rows.codes.len() / shape.row_bytes().max(1);
     let float_bytes = shape.scale_type.bytes();
     let row_floats = shape.groups() * float_bytes;

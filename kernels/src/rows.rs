@@ -29,7 +29,9 @@ pub struct QuantizedRows {
     pub(crate) group_size: usize,
     /// Rows.
     pub(crate) tokens: usize,
-    /// `[groups, tokens, group_size]` in the form of [`Simd::pack`].
+    /// Groups, of tiles of [`Simd::TILE`] tokens (the last one of what is left), of quads of four columns, of the tile's
+    /// tokens: what is multiplied together lies together. Were the tokens a group's bytes apart, a power of two,
+    /// the loads of a tile would get in one another's way.
     pub(crate) quads: Vec<u8>,
     /// `[groups, tokens]` of scale, scale times the sum of the whole numbers, and that sum.
     pub(crate) scales: Vec<[f32; 3]>,
@@ -39,6 +41,13 @@ impl QuantizedRows {
     /// Bytes of a group of a row.
     pub(crate) fn group_bytes(&self) -> usize {
         self.group_size / 4 * QUAD_BYTES
+    }
+
+    /// The tile of a token: its first token, and how many it has.
+    #[inline(always)]
+    pub(crate) fn tile<S: Simd>(tokens: usize, token: usize) -> (usize, usize) {
+        let first = token / S::TILE * S::TILE;
+        (first, S::TILE.min(tokens - first))
     }
 
     fn resize(&mut self, group_size: usize, tokens: usize, width: usize) {
@@ -188,12 +197,16 @@ impl Kernel for PrepareRow<'_> {
             } else if self.writer.copies {
                 std::ptr::copy_nonoverlapping(x, own, width);
             }
+            let tokens = self.writer.tokens;
+            let (first, in_tile) = QuantizedRows::tile::<S>(tokens, self.token);
             for to in &self.writer.quantized {
                 for group in 0..width / to.group_size {
-                    let place = group * self.writer.tokens + self.token;
-                    let quads = to.quads.add(place * to.group_bytes);
+                    let quads = to.quads.add((group * tokens + first) * to.group_bytes);
+                    let quads = quads.add((self.token - first) * QUAD_BYTES);
                     let from = x.add(group * to.group_size);
-                    *to.scales.add(place) = quantize::<S>(from, to.group_size, quads);
+                    let stride = in_tile * QUAD_BYTES;
+                    *to.scales.add(group * tokens + self.token) =
+                        quantize::<S>(from, to.group_size, quads, stride);
                 }
             }
         }
@@ -224,10 +237,15 @@ pub(crate) unsafe fn normalise<S: Simd>(x: *const f32, norm: &Norm, out: *mut f3
 /// Quantises a group; its scale, scale times the sum, and the sum. Elements that are no numbers make the scale none.
 ///
 /// # Safety
-/// The processor has `S`; `x` has `count` elements, a multiple of sixteen, and `quads` room for twice as many
-/// bytes.
+/// The processor has `S`; `x` has `count` elements, a multiple of sixteen, and `quads` room for a quad every
+/// `stride` bytes.
 #[inline(always)]
-unsafe fn quantize<S: Simd>(x: *const f32, count: usize, quads: *mut u8) -> [f32; 3] {
+unsafe fn quantize<S: Simd>(
+    x: *const f32,
+    count: usize,
+    quads: *mut u8,
+    stride: usize,
+) -> [f32; 3] {
     // SAFETY: the caller's promise.
     unsafe {
         let mut largest = S::splat(0.0);
@@ -250,7 +268,12 @@ unsafe fn quantize<S: Simd>(x: *const f32, count: usize, quads: *mut u8) -> [f32
             // The first operand of both is what may be no number.
             let whole = S::min(S::max(scaled, S::sub(S::splat(0.0), limit)), limit);
             sum = S::add(sum, whole);
-            S::pack(whole, quads.add(2 * at));
+            let mut packed = [[0u8; QUAD_BYTES]; LANES / 4];
+            S::pack(whole, packed.as_mut_ptr().cast());
+            for (quad, packed) in packed.into_iter().enumerate() {
+                let to = quads.add((at / 4 + quad) * stride);
+                to.cast::<[u8; QUAD_BYTES]>().write(packed);
+            }
         }
         // Whole numbers below 2^24: exact in any order.
         let sum = S::sum(sum);

@@ -43,16 +43,12 @@ fn quantized(shape: QuantizedShape, numbers: &mut Numbers, largest_codes: bool) 
     let scales = bytes_of(&floats(numbers, step), scale_type);
     let biases = bytes_of(&floats(numbers, -1.0), scale_type);
     let mut weight = Quantized::zeroed(shape);
-    let (row_bytes, row_floats) = (shape.row_bytes(), groups * scale_type.bytes());
-    for (block, out) in weight.blocks_mut().take(shape.blocks()).enumerate() {
-        let rows = 16 * block..outputs.min(16 * (block + 1));
-        let rows = PackedRows {
-            codes: &packed[rows.start * row_bytes..rows.end * row_bytes],
-            scales: &scales[rows.start * row_floats..rows.end * row_floats],
-            biases: &biases[rows.start * row_floats..rows.end * row_floats],
-        };
-        pack_block(&shape, rows, out);
-    }
+    let rows = PackedRows {
+        codes: &packed,
+        scales: &scales,
+        biases: &biases,
+    };
+    weight.pack(&Pool::new(2), 0, rows);
     let exact = codes.iter().enumerate().map(|(index, &code)| {
         let group = index / inputs * groups + index % inputs / group_size;
         let scale = f64::from(scale_type.get(&scales, group));
@@ -73,14 +69,7 @@ fn plain(shape: PlainShape, numbers: &mut Numbers) -> Sample {
         .collect();
     let bytes = bytes_of(&values, shape.float_type);
     let mut weight = Plain::zeroed(shape);
-    for (block, out) in weight.blocks_mut().take(shape.blocks()).enumerate() {
-        let rows = 16 * block..shape.outputs.min(16 * (block + 1));
-        pack_plain_block(
-            &shape,
-            &bytes[rows.start * shape.row_bytes()..rows.end * shape.row_bytes()],
-            out,
-        );
-    }
+    weight.pack(&Pool::new(2), 0, &bytes);
     let exact = (0..values.len()).map(|index| f64::from(shape.float_type.get(&bytes, index)));
     Sample {
         exact: exact.collect(),
