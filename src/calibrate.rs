@@ -7,7 +7,7 @@
 //! other, with messages as large as a run's and receivers that have waited as long.
 
 use crate::agree::{self, Failure};
-use crate::model::ModelFiles;
+use crate::model::{Kernels, ModelFiles};
 use crate::pipeline::Compute;
 use crate::plan::{Costs, DeviceCost, LinkCost, LinkCosts, ModelShape, StepCost, WireDtype};
 use crate::sampler::Sampler;
@@ -65,6 +65,8 @@ pub struct Question<'a> {
     pub shape: &'a ModelShape,
     /// What is computed in.
     pub wire_dtype: WireDtype,
+    /// What computes.
+    pub kernels: &'a Kernels,
     /// What this rank may hold in a run; made-up layers take half of it at most.
     pub limit_bytes: u64,
 }
@@ -217,9 +219,9 @@ impl<'a> Bench<'a> {
     fn split(&mut self, probe: Probe, whole_ns: u64) -> Result<(u64, u64)> {
         let (whole, half) = (self.layer_count as u64, self.layer_count as u64 / 2);
         let mut part_ns = |layers: u64, budget: Duration| -> Result<u64> {
-            let aside = self.layers()?.set_aside(layers as usize);
+            self.layers()?.use_layers(layers as usize);
             let ns = self.layers_ns(probe, budget);
-            self.layers()?.put_back(aside);
+            self.layers()?.use_layers(usize::MAX);
             ns
         };
         let empty_ns = part_ns(0, STEPS_BUDGET / 8)?;
@@ -284,8 +286,13 @@ impl<'a> Bench<'a> {
     }
 
     fn made_up(&self, layers: usize, head_rows: Option<usize>) -> Result<Stage> {
-        let (files, dtype) = (self.question.files, self.question.wire_dtype);
-        Stage::made_up(files, layers, head_rows, dtype)
+        let Question {
+            files,
+            wire_dtype,
+            kernels,
+            ..
+        } = self.question;
+        Stage::made_up(files, layers, head_rows, *wire_dtype, kernels)
     }
 
     /// Median nanoseconds of a step, after one that does not count.

@@ -2,7 +2,7 @@
 
 use crate::plan::{LayerRanges, Strategy, TiedTable};
 use crate::request::{Format, Sampling};
-use crate::stage::DeviceChoice;
+use crate::stage::{DeviceChoice, KernelChoice};
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use std::path::PathBuf;
 use std::sync::OnceLock;
@@ -73,6 +73,20 @@ pub struct ModelOptions {
     #[arg(long, value_enum, hide_possible_values = true, default_value = "auto")]
     pub device: DeviceName,
 
+    /// What computes on a CPU: own (kernels of this program) or mlx (MLX's, far slower on x86)
+    #[arg(
+        long,
+        value_enum,
+        value_name = "WHOSE",
+        hide_possible_values = true,
+        default_value = "own"
+    )]
+    pub kernels: KernelName,
+
+    /// Threads of each rank's own kernels [default: the host's cores, for ranks take turns]
+    #[arg(long, value_name = "N", value_parser = parse_threads)]
+    pub threads: Option<usize>,
+
     /// Where an embedding table that is the head too is held: once (on the last rank), both (on the
     /// first too, so that no embedding travels), or auto (both where that is known to be faster)
     #[arg(
@@ -106,6 +120,7 @@ impl ModelOptions {
             |value: Option<u64>| value.map_or("not given".into(), |value| value.to_string());
         let options = [
             cut,
+            ("--kernels", format!("{:?}", self.kernels).to_lowercase()),
             ("--tied", format!("{:?}", self.tied).to_lowercase()),
             ("--context", stated(self.context)),
             ("--memory-limit", stated(self.memory_limit)),
@@ -114,6 +129,16 @@ impl ModelOptions {
             .into_iter()
             .map(|(name, value)| (name.to_owned(), value))
             .collect()
+    }
+
+    /// What was asked of CPUs beside the default, as a part of a name.
+    pub fn kernels_label(&self) -> String {
+        let kernels = match self.kernels {
+            KernelName::Own => "",
+            KernelName::Mlx => "-mlx",
+        };
+        let threads = self.threads.map(|threads| format!("-{threads}t"));
+        format!("{kernels}{}", threads.unwrap_or_default())
     }
 
     /// The strategy asked for, layers by hand included.
@@ -311,6 +336,23 @@ impl From<DeviceName> for DeviceChoice {
     }
 }
 
+/// `--kernels`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+#[allow(missing_docs)]
+pub enum KernelName {
+    Own,
+    Mlx,
+}
+
+impl From<KernelName> for KernelChoice {
+    fn from(name: KernelName) -> Self {
+        match name {
+            KernelName::Own => Self::Own,
+            KernelName::Mlx => Self::Mlx,
+        }
+    }
+}
+
 /// `--tied`.
 #[derive(Debug, Clone, Copy, ValueEnum)]
 #[allow(missing_docs)]
@@ -403,6 +445,12 @@ fn rank_of_launcher() -> Option<usize> {
             .into_iter()
             .find_map(|name| std::env::var(name).ok()?.parse().ok())
     })
+}
+
+/// Threads of a rank; a thousand are a slip of the finger.
+fn parse_threads(text: &str) -> Result<usize, String> {
+    let threads = text.parse().ok().filter(|threads| (1..=1024).contains(threads));
+    threads.ok_or_else(|| format!("expected a number of threads from 1 to 1024, found \"{text}\""))
 }
 
 /// Bytes with an optional decimal unit: `12GB`, `900MB`, `1.5 GB`, `800000000`. GB = 1e9.

@@ -37,7 +37,9 @@ pub fn plan(options: &PlanOptions) -> Result<()> {
     let ranks =
         cluster::describe(file.as_ref(), ranks, &cluster::probe_local()?).map_err(Usage::of)?;
     let tied = options.model.tied.into();
-    let (wire_dtype, costs) = calibrated(&ranks, |wire_dtype| files.shape(wire_dtype, tied));
+    let (wire_dtype, costs) = calibrated(&ranks, &options.model.kernels_label(), |wire_dtype| {
+        files.shape(wire_dtype, tied)
+    });
     let question = Question {
         options: &options.model,
         cluster: file.as_ref(),
@@ -68,6 +70,7 @@ pub fn plan(options: &PlanOptions) -> Result<()> {
 /// there was none. What the hosts compute on is known from there only.
 fn calibrated(
     ranks: &[RankDevice],
+    asked: &str,
     shape: impl Fn(WireDtype) -> ModelShape,
 ) -> (WireDtype, Option<Costs>) {
     let runs = [
@@ -79,7 +82,7 @@ fn calibrated(
     let found = runs.into_iter().find_map(|(device, wire_dtype)| {
         let seat = |rank: &RankDevice| Seat {
             host: rank.profile.hostname.clone(),
-            device: device.to_owned(),
+            device: Seat::device_label(device, asked),
         };
         let seats: Vec<Seat> = ranks.iter().map(seat).collect();
         let costs = CostStore::of(&shape(wire_dtype), wire_dtype)?.find(&seats)?;

@@ -18,7 +18,7 @@ use std::path::{Path, PathBuf};
 use tracing::{info, warn};
 
 /// Raise it when a number changes its meaning.
-const SCHEMA: u32 = 1;
+const SCHEMA: u32 = 2;
 /// Longer times were not measured: half an hour.
 const LONGEST_NS: u64 = 1_800_000_000_000;
 /// Larger files are not ours: a thousand hosts take less.
@@ -29,8 +29,18 @@ const MAX_FILE_BYTES: u64 = 4 << 20;
 pub struct Seat {
     /// Name of the host.
     pub host: String,
-    /// `cpu` or `gpu`.
+    /// `cpu` or `gpu`, and what was asked of a CPU.
     pub device: String,
+}
+
+impl Seat {
+    /// A device and, of a CPU, what was asked of it beside the default.
+    pub fn device_label(device: &str, asked: &str) -> String {
+        match device {
+            "cpu" => format!("{device}{asked}"),
+            _ => device.to_owned(),
+        }
+    }
 }
 
 /// The measurements for one shape of model.

@@ -25,6 +25,7 @@ pub mod checkpoint;
 pub mod cli;
 pub mod cluster;
 pub mod commands;
+pub mod cores;
 pub mod cost_store;
 pub mod doctor;
 pub mod handover;

@@ -4,8 +4,9 @@
 use crate::agree::{self, Failure, Usage};
 use crate::cli::{self, RunOptions};
 use crate::cluster::{self, ClusterFile, DeviceProfile, RankDevice};
+use crate::cores;
 use crate::cost_store::Seat;
-use crate::model::ModelFiles;
+use crate::model::{Kernels, ModelFiles};
 use crate::plan::WireDtype;
 use crate::planning;
 use crate::stage;
@@ -36,6 +37,10 @@ pub struct Cluster {
     pub file: Option<ClusterFile>,
     /// The model as it was named.
     pub model: String,
+    /// What this rank computes with.
+    pub kernels: Kernels,
+    /// What was asked of CPUs beside the default.
+    kernels_label: String,
 }
 
 /// Where a rank runs.
@@ -65,9 +70,17 @@ struct Introduction {
     model_of_environment: Option<String>,
 }
 
+/// Chooses what this rank computes with, and what it says of itself.
+fn introduce(options: &RunOptions, rank: usize) -> Result<(Kernels, Introduction)> {
+    stage::use_device(options.model.device.into()).map_err(Usage::of)?;
+    cores::undo_default_binding();
+    let threads = options.model.threads.unwrap_or_else(cores::usable);
+    let kernels = stage::kernels(options.model.kernels.into(), threads).map_err(Usage::of)?;
+    Ok((kernels, Introduction::of(options, rank)?))
+}
+
 impl Introduction {
     fn of(options: &RunOptions, rank: usize) -> Result<Self> {
-        stage::use_device(options.model.device.into()).map_err(Usage::of)?;
         let mut cluster_file = None;
         if rank == 0 {
             if let Some(path) = &options.model.cluster {
@@ -103,7 +116,10 @@ impl Cluster {
     /// # Errors
     /// A rank that does not come, or ranks of different versions or options; a bad cluster file, or no model.
     pub fn meet(options: &RunOptions, transport: &mut MpiTransport) -> Result<Self, Failure> {
-        let local = Introduction::of(options, transport.rank());
+        let (kernels, local) = match introduce(options, transport.rank()) {
+            Ok((kernels, local)) => (Some(kernels), Ok(local)),
+            Err(error) => (None, Err(error)),
+        };
         let all = agree::gather(transport, local, Some(MEETING_LIMIT))?;
         let each = |field: fn(&Introduction) -> &String| {
             let values = all
@@ -116,17 +132,19 @@ impl Cluster {
             each(|rank| &rank.version),
             "build the same commit on every host",
         )?;
-        let options: Vec<_> = all
+        let of_ranks: Vec<_> = all
             .iter()
             .map(|rank| (rank.place.host(), &rank.options[..]))
             .collect();
-        agree::same_options(&options)?;
+        agree::same_options(&of_ranks)?;
         let chosen = all.first().context("a run has a rank 0").and_then(choose);
         let (file, model) = agree::all_succeeded(transport, chosen)?;
         Ok(Self {
             ranks: all.into_iter().map(|rank| rank.place).collect(),
             file,
             model,
+            kernels: kernels.context("a rank that introduced itself has kernels")?,
+            kernels_label: options.model.kernels_label(),
         })
     }
 
@@ -153,7 +171,7 @@ impl Cluster {
     pub fn seats(&self) -> Vec<Seat> {
         let seat = |place: &Place| Seat {
             host: place.host().to_owned(),
-            device: place.device.clone(),
+            device: Seat::device_label(&place.device, &self.kernels_label),
         };
         self.ranks.iter().map(seat).collect()
     }

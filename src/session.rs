@@ -78,7 +78,8 @@ fn generate(
     if rank == 0 {
         tell(&plan::plan_table(&plan));
     }
-    let slice = Slice::new(&files, &plan, rank, options.shard_cache.as_deref());
+    let cache_dir = options.shard_cache.as_deref();
+    let slice = Slice::new(&files, &plan, rank, &cluster.kernels, cache_dir);
     let slice = agree::all_succeeded(transport, slice)?;
     let (stage, consumed) = load(options, &slice, transport)?;
     let mut report = loaded(&cluster, &plan, consumed, rank, started)?;
@@ -210,6 +211,7 @@ fn costs(
         files,
         shape: &shape,
         wire_dtype,
+        kernels: &cluster.kernels,
         // A rank that cannot have a limit gets no plan either; that is told when the plan is made.
         limit_bytes: own.map_or(0, |device| device.memory_limit_bytes),
     };

@@ -9,7 +9,7 @@ use crate::checkpoint::{Checkpoint, CheckpointError, Consumed, Shard};
 use crate::handover;
 use crate::hub;
 use crate::log::tell;
-use crate::model::ModelFiles;
+use crate::model::{Kernels, ModelFiles};
 use crate::plan::{self, Plan};
 use crate::stage::Stage;
 use crate::transport::Transport;
@@ -29,6 +29,7 @@ pub struct Slice<'a> {
     files: &'a ModelFiles,
     plan: &'a Plan,
     part: &'a plan::Stage,
+    kernels: &'a Kernels,
     cache: Option<Cache>,
 }
 
@@ -49,6 +50,7 @@ impl<'a> Slice<'a> {
         files: &'a ModelFiles,
         plan: &'a Plan,
         rank: usize,
+        kernels: &'a Kernels,
         cache_dir: Option<&Path>,
     ) -> Result<Self> {
         let is_needed = cache_dir.is_some() || files.checkpoint.is_elsewhere();
@@ -64,6 +66,7 @@ impl<'a> Slice<'a> {
             files,
             plan,
             part,
+            kernels,
             cache,
         })
     }
@@ -173,7 +176,8 @@ impl<'a> Slice<'a> {
     }
 
     fn load_from(&self, checkpoint: &Checkpoint) -> Result<Loaded> {
-        let loaded = Stage::load(self.files, checkpoint, self.part, self.plan.wire_dtype);
+        let dtype = self.plan.wire_dtype;
+        let loaded = Stage::load(self.files, checkpoint, self.part, dtype, self.kernels);
         loaded.with_context(|| {
             let layers = &self.part.layers;
             format!("loading layers {}-{}", layers.start, layers.end - 1)

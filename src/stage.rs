@@ -5,37 +5,31 @@
 
 use crate::checkpoint::{Checkpoint, Consumed};
 use crate::model::{
-    Architecture, HeadSpec, KvShape, Layer, LayerCache, Linear, LinearSpec, ModelFiles, RmsNorm,
-    Rope, Span, Weights,
+    Engine, HeadSpec, Kernels, LinearSpec, Machine, ModelFiles, Part, Parts, Span, Weights,
 };
 use crate::pipeline::Compute;
 use crate::plan::{self, Role, WireDtype};
 use crate::wire::Step;
 use anyhow::{Context, Result, bail, ensure};
-use mlx_rs::ops::zeros_dtype;
 use mlx_rs::{Array, Device, DeviceType, Dtype, memory};
-use std::collections::HashMap;
-
-/// Activations that may be allocated ahead of what has been computed. MLX allocates as it queues, so a
-/// long prompt through many layers would hold those of all of them at the same time.
-const MOST_AHEAD_BYTES: usize = 48 << 20;
+use std::sync::Arc;
 
 /// What a stage's rows are made of.
-#[derive(Debug)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Inlet {
-    /// The first stage looks token ids up, `[vocabulary, hidden]`.
-    Embedding(Linear),
+    /// The first stage looks token ids up.
+    Embedding,
     /// The others receive hidden states.
     Upstream,
 }
 
 /// What a stage's rows become.
-#[derive(Debug)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Outlet {
     /// Hidden states for the next stage.
     Downstream,
-    /// The last stage: final norm, then `[vocabulary, hidden]`.
-    Head { norm: RmsNorm, projection: Linear },
+    /// The last stage: logits over this many tokens.
+    Head { vocab_size: usize },
 }
 
 /// What a stage made of a step.
@@ -50,20 +44,15 @@ pub enum Output {
 /// The contiguous layers of one rank, and the caches of the sequences in flight.
 #[derive(Debug)]
 pub struct Stage {
+    engine: Box<dyn Engine>,
     inlet: Inlet,
-    layers: Vec<Layer>,
     outlet: Outlet,
-    rope: Rope,
     hidden_size: usize,
-    vocab_size: usize,
-    /// What one row's activations take in one layer, about.
-    layer_row_bytes: usize,
+    /// Rows of the embedding table.
+    table_rows: usize,
     /// The head, where there is one, is the embedding table.
     is_tied: bool,
-    kv_shape: KvShape,
     wire_dtype: Dtype,
-    /// For every sequence in flight, a cache for each layer.
-    caches: HashMap<u32, Vec<LayerCache>>,
 }
 
 impl Stage {
@@ -77,29 +66,28 @@ impl Stage {
         checkpoint: &Checkpoint,
         stage: &plan::Stage,
         wire_dtype: WireDtype,
+        kernels: &Kernels,
     ) -> Result<(Self, Consumed)> {
         let architecture = &files.architecture;
-        let activation_dtype = to_mlx(wire_dtype);
-        let mut weights = Weights::new(checkpoint.reader(), activation_dtype);
-        let layers = architecture.layers[stage.layers.clone()]
-            .iter()
-            .map(|spec| Layer::load(architecture, spec, &mut weights))
-            .collect::<Result<Vec<_>>>()?;
-        let (inlet, outlet) = load_ends(architecture, stage, &mut weights)?;
-        let planned = files.inventory.of_stage(stage);
-        let consumed = weights.finish(planned)?;
+        let wire_dtype = to_mlx(wire_dtype);
+        let (inlet, outlet) = ends(stage.role, architecture.vocab_size);
+        let mut weights = Weights::new(checkpoint.reader(), wire_dtype);
+        let parts = Parts {
+            architecture,
+            layers: &architecture.layers[stage.layers.clone()],
+            table: (inlet == Inlet::Embedding).then_some(&architecture.embed_tokens),
+            head: (outlet != Outlet::Downstream).then(|| architecture.head_weight()),
+        };
+        let engine = kernels.load(parts, &mut weights)?;
+        let consumed = weights.finish(files.inventory.of_stage(stage))?;
         let loaded = Self {
+            engine,
             inlet,
-            layers,
             outlet,
-            rope: Rope::new(architecture),
             hidden_size: architecture.hidden_size,
-            vocab_size: architecture.vocab_size,
-            layer_row_bytes: layer_row_bytes(architecture, activation_dtype),
+            table_rows: architecture.vocab_size,
             is_tied: architecture.head == HeadSpec::Tied,
-            kv_shape: kv_shape(architecture, activation_dtype),
-            wire_dtype: activation_dtype,
-            caches: HashMap::new(),
+            wire_dtype,
         };
         Ok((loaded, consumed))
     }
@@ -114,60 +102,38 @@ impl Stage {
         layers: usize,
         head_rows: Option<usize>,
         wire_dtype: WireDtype,
+        kernels: &Kernels,
     ) -> Result<Self> {
         let architecture = &files.architecture;
-        let dtype = to_mlx(wire_dtype);
-        let mut weights = Weights::made_up(&files.checkpoint, dtype);
-        let layers = architecture.layers[..layers.min(architecture.layers.len())]
-            .iter()
-            .map(|spec| Layer::load(architecture, spec, &mut weights))
-            .collect::<Result<Vec<_>>>()?;
-        let head = match &architecture.head {
-            HeadSpec::Own(spec) => spec,
-            HeadSpec::Tied => &architecture.embed_tokens,
-        };
-        let outlet = match head_rows {
-            None => Outlet::Downstream,
-            Some(rows) => {
-                let head = LinearSpec {
-                    outputs: rows,
-                    ..head.clone()
-                };
-                Outlet::Head {
-                    norm: RmsNorm::load(
-                        &architecture.norm,
-                        architecture.rms_norm_eps,
-                        &mut weights,
-                    )?,
-                    projection: Linear::load(&head, &mut weights)?,
-                }
-            }
+        let wire_dtype = to_mlx(wire_dtype);
+        let mut weights = Weights::made_up(&files.checkpoint, wire_dtype);
+        let head = head_rows.map(|rows| LinearSpec {
+            outputs: rows,
+            ..architecture.head_weight().clone()
+        });
+        let parts = Parts {
+            architecture,
+            layers: &architecture.layers[..layers.min(architecture.layers.len())],
+            table: None,
+            head: head.as_ref(),
         };
         Ok(Self {
+            engine: kernels.load(parts, &mut weights)?,
             inlet: Inlet::Upstream,
-            layers,
-            outlet,
-            rope: Rope::new(architecture),
+            outlet: match head_rows {
+                None => Outlet::Downstream,
+                Some(vocab_size) => Outlet::Head { vocab_size },
+            },
             hidden_size: architecture.hidden_size,
-            vocab_size: head_rows.unwrap_or(0),
-            layer_row_bytes: layer_row_bytes(architecture, dtype),
+            table_rows: 0,
             is_tied: false,
-            kv_shape: kv_shape(architecture, dtype),
-            wire_dtype: dtype,
-            caches: HashMap::new(),
+            wire_dtype,
         })
     }
 
-    /// Takes out the layers from `first` on, and all caches with them.
-    pub fn set_aside(&mut self, first: usize) -> Vec<Layer> {
-        self.caches.clear();
-        self.layers.split_off(first.min(self.layers.len()))
-    }
-
-    /// Puts layers that were set aside back behind the others.
-    pub fn put_back(&mut self, layers: Vec<Layer>) {
-        self.caches.clear();
-        self.layers.extend(layers);
+    /// Computes only the first `count` layers from now on, and forgets all sequences.
+    pub fn use_layers(&mut self, count: usize) {
+        self.engine.use_layers(count);
     }
 
     /// Makes the cache of a slot hold this many tokens, all of them zeros, as if they had been computed.
@@ -175,59 +141,16 @@ impl Stage {
     /// # Errors
     /// MLX cannot make the arrays.
     pub fn pretend_cached(&mut self, slot: u32, tokens: usize) -> Result<()> {
-        let shape = self.kv_shape;
-        let dims = [1, shape.kv_head_count, tokens as i32, shape.head_dim];
-        let zeros = zeros_dtype(&dims, shape.dtype)?;
-        let caches = (0..self.layers.len()).map(|_| {
-            let mut cache = LayerCache::new(shape)?;
-            let (keys, values) = cache.extend(&zeros, &zeros)?;
-            keys.eval()?;
-            values.eval()?;
-            Ok(cache)
-        });
-        let caches = caches.collect::<Result<_>>()?;
-        self.caches.insert(slot, caches);
-        Ok(())
-    }
-
-    /// The caches of the step's entries, cut back to where each entry starts. They are put back after
-    /// the step; a step that fails ends the run, so none is missed.
-    fn take_caches(&mut self, step: &Step) -> Result<Vec<Vec<LayerCache>>> {
-        let mut taken = Vec::with_capacity(step.entries.len());
-        for entry in &step.entries {
-            ensure!(
-                step.entries
-                    .iter()
-                    .filter(|other| other.slot == entry.slot)
-                    .count()
-                    == 1,
-                "step {} has slot {} twice",
-                step.number,
-                entry.slot
-            );
-            let mut of_sequence = match self.caches.remove(&entry.slot) {
-                Some(caches) => caches,
-                None => (0..self.layers.len())
-                    .map(|_| LayerCache::new(self.kv_shape))
-                    .collect::<Result<_>>()?,
-            };
-            for cache in &mut of_sequence {
-                cache
-                    .cut_back(entry.start as usize)
-                    .with_context(|| format!("step {}, slot {}", step.number, entry.slot))?;
-            }
-            taken.push(of_sequence);
-        }
-        Ok(taken)
+        self.engine.pretend_cached(slot, tokens)
     }
 
     /// The step's rows, `[rows, hidden]`.
     fn enter(&self, step: &Step, payload: &[u8]) -> Result<Array> {
         let rows = step.row_count();
-        match &self.inlet {
-            Inlet::Embedding(table) => {
+        match self.inlet {
+            Inlet::Embedding => {
                 ensure!(payload.is_empty(), "the first stage was sent activations");
-                self.look_up(table, &step.tokens())
+                self.look_up(&step.tokens())
             }
             Inlet::Upstream => {
                 let expected = rows * self.hidden_size * element_bytes(self.wire_dtype);
@@ -250,51 +173,43 @@ impl Stage {
     }
 
     /// Rows of the embedding table, `[tokens, hidden]`.
-    fn look_up(&self, table: &Linear, tokens: &[u32]) -> Result<Array> {
-        if let Some(id) = tokens.iter().find(|&&id| id as usize >= self.vocab_size) {
+    fn look_up(&self, tokens: &[u32]) -> Result<Array> {
+        if let Some(id) = tokens.iter().find(|&&id| id as usize >= self.table_rows) {
             bail!(
                 "token id {id} is outside the vocabulary of {}",
-                self.vocab_size
+                self.table_rows
             );
         }
-        table.rows(
-            &Array::from_slice(tokens, &[tokens.len() as i32]),
-            self.wire_dtype,
-        )
+        self.engine.look_up(tokens)
     }
 
     /// Evaluates what the step becomes.
-    fn leave(&self, step: &Step, spans: &[Span], x: &Array) -> Result<Output> {
-        match &self.outlet {
-            Outlet::Downstream => Ok(Output::Hidden(to_bytes(x)?)),
-            Outlet::Head { norm, projection } => {
-                let last_rows: Vec<u32> = step
-                    .entries
-                    .iter()
-                    .zip(spans)
-                    .filter(|(entry, _)| entry.sample.is_some())
-                    .map(|(_, span)| (span.row + span.count - 1) as u32)
-                    .collect();
-                if last_rows.is_empty() {
-                    // Nothing to read, but the caches must be brought up to date now, while the
-                    // step's inputs are here.
-                    x.eval()?;
-                    return Ok(Output::Logits(Vec::new()));
-                }
-                let rows = Array::from_slice(&last_rows, &[last_rows.len() as i32]);
-                let logits = projection
-                    .forward(&norm.forward(&x.take_axis(rows, 0)?)?)?
-                    .as_dtype(Dtype::Float32)?;
-                logits.eval()?;
-                let logits: Vec<Vec<f32>> = logits
-                    .as_slice::<f32>()
-                    .chunks_exact(self.vocab_size)
-                    .map(<[f32]>::to_vec)
-                    .collect();
-                check_numbers(step, &logits)?;
-                Ok(Output::Logits(logits))
-            }
+    fn leave(&self, step: &Step, parts: &[Part], x: &Array) -> Result<Output> {
+        let Outlet::Head { vocab_size } = self.outlet else {
+            return Ok(Output::Hidden(to_bytes(x)?));
+        };
+        let last_rows: Vec<u32> = step
+            .entries
+            .iter()
+            .zip(parts)
+            .filter(|(entry, _)| entry.sample.is_some())
+            .map(|(_, part)| (part.span.row + part.span.count - 1) as u32)
+            .collect();
+        if last_rows.is_empty() {
+            // Nothing to read, but the caches must be brought up to date now, while the
+            // step's inputs are here.
+            x.eval()?;
+            return Ok(Output::Logits(Vec::new()));
         }
+        let logits = self.engine.logits(x, &last_rows)?;
+        logits.eval()?;
+        let logits: Vec<Vec<f32>> = logits
+            .as_slice::<f32>()
+            .chunks_exact(vocab_size)
+            .map(<[f32]>::to_vec)
+            .collect();
+        check_numbers(step, &logits)?;
+        Ok(Output::Logits(logits))
     }
 }
 
@@ -306,26 +221,14 @@ impl Compute for Stage {
     /// A payload of another size than the step says, a position that the cache has not reached, or
     /// logits that are not numbers.
     fn run(&mut self, step: &Step, payload: &[u8]) -> Result<Output> {
-        for slot in &step.release {
-            self.caches.remove(slot);
+        for &slot in &step.release {
+            self.engine.release(slot);
         }
-        let spans = spans(step);
-        let mut caches = self.take_caches(step)?;
-        let mut x = self.enter(step, payload)?;
-        let mut ahead_bytes = 0;
-        for (index, layer) in self.layers.iter().enumerate() {
-            let mut of_layer: Vec<&mut LayerCache> =
-                caches.iter_mut().map(|cache| &mut cache[index]).collect();
-            x = layer.forward(&x, &self.rope, &spans, &mut of_layer)?;
-            ahead_bytes += step.row_count() * self.layer_row_bytes;
-            if ahead_bytes > MOST_AHEAD_BYTES {
-                x.eval()?;
-                ahead_bytes = 0;
-            }
-        }
-        let slots = step.entries.iter().map(|entry| entry.slot);
-        self.caches.extend(slots.zip(caches));
-        self.leave(step, &spans, &x)
+        let parts = parts(step)?;
+        let x = self.enter(step, payload)?;
+        let x = self.engine.forward(x, &parts);
+        let x = x.with_context(|| format!("step {}", step.number))?;
+        self.leave(step, &parts, &x)
     }
 
     /// `[tokens, hidden]` in the wire dtype, on the stage that holds a tied table for the first.
@@ -333,10 +236,8 @@ impl Compute for Stage {
     /// # Errors
     /// A token outside the vocabulary, or a stage without the table.
     fn embed(&mut self, tokens: &[u32]) -> Result<Vec<u8>> {
-        match &self.outlet {
-            Outlet::Head { projection, .. } if self.is_tied => {
-                to_bytes(&self.look_up(projection, tokens)?)
-            }
+        match self.outlet {
+            Outlet::Head { .. } if self.is_tied => to_bytes(&self.look_up(tokens)?),
             _ => bail!("this rank holds no embedding table to look tokens up in"),
         }
     }
@@ -367,6 +268,27 @@ pub fn use_device(choice: DeviceChoice) -> Result<()> {
     Ok(())
 }
 
+/// The kernels for what MLX computes on here: this program's on a CPU, unless MLX's are asked for, on so many
+/// threads.
+///
+/// # Errors
+/// MLX cannot tell, or an instruction set that this processor lacks was asked for.
+pub fn kernels(choice: KernelChoice, threads: usize) -> Result<Kernels> {
+    Ok(match (choice, device_kind()?) {
+        (KernelChoice::Own, "cpu") => Kernels::Own(Arc::new(Machine::new(threads)?)),
+        _ => Kernels::Mlx,
+    })
+}
+
+/// Whose kernels compute on a CPU.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum KernelChoice {
+    /// This program's.
+    Own,
+    /// MLX's.
+    Mlx,
+}
+
 /// The device that MLX computes on here: `cpu` or `gpu`.
 ///
 /// # Errors
@@ -378,34 +300,17 @@ pub fn device_kind() -> Result<&'static str> {
     })
 }
 
-/// Loads embedding, norm and head where the stage owns them. A tied table is loaded once, also by a
-/// stage that is both ends.
-fn load_ends(
-    architecture: &Architecture,
-    stage: &plan::Stage,
-    weights: &mut Weights,
-) -> Result<(Inlet, Outlet)> {
-    let mut table = None;
-    let inlet = match stage.role {
+/// What a role has at its ends.
+fn ends(role: Role, vocab_size: usize) -> (Inlet, Outlet) {
+    let inlet = match role {
         Role::Middle | Role::Last | Role::LastWithTable => Inlet::Upstream,
-        Role::Only | Role::First => {
-            let loaded = Linear::load(&architecture.embed_tokens, weights)?;
-            table = Some(loaded.clone());
-            Inlet::Embedding(loaded)
-        }
+        Role::Only | Role::First => Inlet::Embedding,
     };
-    let outlet = match stage.role.owns_head() {
+    let outlet = match role.owns_head() {
         false => Outlet::Downstream,
-        true => Outlet::Head {
-            norm: RmsNorm::load(&architecture.norm, architecture.rms_norm_eps, weights)?,
-            projection: match (&architecture.head, table) {
-                (HeadSpec::Own(spec), _) => Linear::load(spec, weights)?,
-                (HeadSpec::Tied, Some(table)) => table,
-                (HeadSpec::Tied, None) => Linear::load(&architecture.embed_tokens, weights)?,
-            },
-        },
+        true => Outlet::Head { vocab_size },
     };
-    Ok((inlet, outlet))
+    (inlet, outlet)
 }
 
 /// Gives back what MLX keeps of arrays that are gone, and counts their peak anew. Where MLX cannot, nothing
@@ -415,24 +320,6 @@ pub fn forget_peak() {
     let _ = memory::reset_peak_memory();
 }
 
-/// Around the attention eight arrays as wide as the hidden state or the heads, around the MLP four as wide as
-/// that.
-fn layer_row_bytes(architecture: &Architecture, dtype: Dtype) -> usize {
-    let mlp = architecture
-        .layers
-        .first()
-        .map_or(0, |layer| layer.gate_proj.outputs);
-    (8 * architecture.hidden_size + 4 * mlp) * element_bytes(dtype)
-}
-
-fn kv_shape(architecture: &Architecture, dtype: Dtype) -> KvShape {
-    KvShape {
-        kv_head_count: architecture.family.kv_head_count as i32,
-        head_dim: architecture.family.head_dim as i32,
-        dtype,
-    }
-}
-
 /// Most bytes that MLX ever held in arrays in this process: on a GPU the measure of memory, where the
 /// kernel's count does not see it.
 pub fn peak_array_bytes() -> u64 {
@@ -440,20 +327,28 @@ pub fn peak_array_bytes() -> u64 {
 }
 
 /// Where each entry's rows stand.
-fn spans(step: &Step) -> Vec<Span> {
+fn parts(step: &Step) -> Result<Vec<Part>> {
     let mut row = 0;
-    step.entries
-        .iter()
-        .map(|entry| {
-            let span = Span {
-                row,
-                count: entry.tokens.len(),
-                start: entry.start as usize,
-            };
-            row += span.count;
-            span
+    let part = |(index, entry): (usize, &crate::wire::Entry)| {
+        let before = &step.entries[..index];
+        ensure!(
+            before.iter().all(|other| other.slot != entry.slot),
+            "step {} has slot {} twice",
+            step.number,
+            entry.slot
+        );
+        let span = Span {
+            row,
+            count: entry.tokens.len(),
+            start: entry.start as usize,
+        };
+        row += span.count;
+        Ok(Part {
+            slot: entry.slot,
+            span,
         })
-        .collect()
+    };
+    step.entries.iter().enumerate().map(part).collect()
 }
 
 /// Logits that are not numbers mean broken weights; a token drawn from them would look like an answer.

@@ -168,9 +168,9 @@ impl Tensor {
     ///
     /// As [`Self::read_at`]; [`CheckpointError::Damaged`].
     pub fn read(&self, destination: &mut [u8]) -> Result<(), CheckpointError> {
-        let Some(expected) = self.info.digest else {
+        if self.info.digest.is_none() {
             return self.read_at(0, destination);
-        };
+        }
         let mut hasher = blake3::Hasher::new();
         let mut offset = 0;
         for piece in destination.chunks_mut(PIECE_BYTES) {
@@ -178,15 +178,48 @@ impl Tensor {
             hasher.update(piece);
             offset += piece.len() as u64;
         }
+        self.prove(&hasher)
+    }
+
+    /// Reads the tensor in pieces of `piece_bytes`, the last one of what is left, and hands each to `with`. Where a
+    /// hash was kept, the bytes are proven once all of them were handed over.
+    ///
+    /// # Errors
+    ///
+    /// As [`Self::read`].
+    pub fn read_in_pieces(
+        &self,
+        piece_bytes: usize,
+        mut with: impl FnMut(&[u8]),
+    ) -> Result<(), CheckpointError> {
+        let mut piece = vec![0; piece_bytes.min(self.bytes() as usize)];
+        let mut hasher = blake3::Hasher::new();
+        let mut offset = 0;
+        while offset < self.bytes() {
+            let left = usize::try_from(self.bytes() - offset).unwrap_or(usize::MAX);
+            let count = piece.len().min(left);
+            let piece = &mut piece[..count];
+            self.read_at(offset, piece)?;
+            if self.info.digest.is_some() {
+                hasher.update(piece);
+            }
+            with(piece);
+            offset += piece.len() as u64;
+        }
+        self.prove(&hasher)
+    }
+
+    /// Whether what was hashed is what a hash was kept of.
+    fn prove(&self, hasher: &blake3::Hasher) -> Result<(), CheckpointError> {
         let found = hasher.finalize();
-        match found == expected {
-            true => Ok(()),
-            false => Err(CheckpointError::Damaged {
+        match self.info.digest {
+            Some(expected) if expected != found => Err(CheckpointError::Damaged {
                 path: self.path.clone(),
                 tensor: self.name.clone(),
                 expected,
                 found,
             }),
+            _ => Ok(()),
         }
     }
 

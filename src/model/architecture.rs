@@ -224,6 +224,14 @@ impl Architecture {
         })
     }
 
+    /// The weight of the head: its own, or the embedding table.
+    pub fn head_weight(&self) -> &LinearSpec {
+        match &self.head {
+            HeadSpec::Own(spec) => spec,
+            HeadSpec::Tied => &self.embed_tokens,
+        }
+    }
+
     /// Bytes of keys and values that one token takes in one layer, for elements of `element_bytes`.
     pub fn kv_bytes_per_token_per_layer(&self, element_bytes: usize) -> u64 {
         2 * (self.family.kv_head_count * self.family.head_dim * element_bytes) as u64

@@ -2,11 +2,13 @@
 //!
 //! `config.json` becomes an [`Architecture`] (pure: every tensor by name, shape and kind), the
 //! [`Inventory`] holds the checkpoint against it, and [`Weights`] makes arrays of exactly the tensors
-//! that a rank owns. One file per `model_type` says what its family fixes; [`Layer`] is the forward
-//! pass that they share.
+//! that a rank owns. One file per `model_type` says what its family fixes; the forward pass they share is
+//! that of an [`Engine`], of which there are two: MLX's kernels (`mlx`, `layer`, `linear`, `rope`, `cache`), and
+//! those of this program for CPUs (`own`).
 
 mod architecture;
 mod cache;
+mod engine;
 mod fields;
 mod files;
 mod filled;
@@ -15,6 +17,8 @@ mod inventory;
 mod layer;
 mod linear;
 mod llama;
+mod mlx;
+mod own;
 mod quantization;
 mod qwen2;
 mod qwen3;
@@ -25,13 +29,12 @@ pub use architecture::{
     Architecture, ElementKind, Family, HeadSpec, LayerSpec, LinearSpec, NormSpec, RopeScaling,
     TensorSpec,
 };
-pub use cache::{BLOCK_TOKENS, KvShape, LayerCache};
+pub use engine::{Engine, Kernels, Part, Parts};
 pub use fields::{ConfigError, Fields};
 pub use files::{ModelFiles, ModelTexts, Outline};
 pub use generation::end_of_sequence_ids;
 pub use inventory::Inventory;
-pub use layer::{Layer, Span};
-pub use linear::{Linear, RmsNorm};
+pub use layer::Span;
+pub use own::Machine;
 pub use quantization::{Affine, Quantization};
-pub use rope::Rope;
 pub use weights::Weights;

@@ -1,7 +1,7 @@
 //! Rotary position embedding, half-split pairs (element `i` with `i + head_dim / 2`), with the
 //! stretched variants that checkpoints ask for.
 
-use super::architecture::{Architecture, RopeScaling};
+use super::architecture::{Architecture, Family, RopeScaling};
 use anyhow::Result;
 use mlx_rs::{Array, fast};
 use std::f64::consts::PI;
@@ -38,6 +38,7 @@ impl Rope {
             },
             RopeScaling::Llama3 { .. } => {
                 let periods = llama3_periods(family.head_dim, base, architecture.rope_scaling);
+                let periods: Vec<f32> = periods.iter().map(|&period| period as f32).collect();
                 Positions::Periods(Array::from_slice(&periods, &[periods.len() as i32]))
             }
         };
@@ -61,10 +62,32 @@ impl Rope {
     }
 }
 
+/// Radians by which a position turns each pair of a head, `[head_dim / 2]`.
+pub fn frequencies(architecture: &Architecture) -> Vec<f64> {
+    let Family {
+        head_dim,
+        rope_theta,
+        ..
+    } = architecture.family;
+    let of_base = |divisor: f64| {
+        (0..head_dim / 2)
+            .map(|pair| rope_theta.powf(-2.0 * pair as f64 / head_dim as f64) / divisor)
+            .collect()
+    };
+    match architecture.rope_scaling {
+        RopeScaling::None => of_base(1.0),
+        RopeScaling::Linear { factor } => of_base(factor),
+        RopeScaling::Llama3 { .. } => {
+            let periods = llama3_periods(head_dim, rope_theta, architecture.rope_scaling);
+            periods.iter().map(|period| 1.0 / period).collect()
+        }
+    }
+}
+
 /// Periods (over 2 pi) of the Llama 3 scaling, one a pair: long wavelengths are stretched by the
 /// factor, short ones kept, those between blended linearly in the number of turns that the original
 /// context holds. Source: the `rope_scaling` of the Llama 3.1 reference configuration.
-fn llama3_periods(dimensions: usize, base: f64, scaling: RopeScaling) -> Vec<f32> {
+fn llama3_periods(dimensions: usize, base: f64, scaling: RopeScaling) -> Vec<f64> {
     let RopeScaling::Llama3 {
         factor,
         low_freq_factor,
@@ -80,12 +103,11 @@ fn llama3_periods(dimensions: usize, base: f64, scaling: RopeScaling) -> Vec<f32
             let turns = original_context / (2.0 * PI * period);
             let kept =
                 ((turns - low_freq_factor) / (high_freq_factor - low_freq_factor)).clamp(0.0, 1.0);
-            let stretched = match kept {
+            match kept {
                 0.0 => period * factor,
                 1.0 => period,
                 kept => period / ((1.0 - kept) / factor + kept),
-            };
-            stretched as f32
+            }
         })
         .collect()
 }

@@ -4,7 +4,7 @@
 
 use super::architecture::{ElementKind, TensorSpec};
 use super::filled::filled;
-use crate::checkpoint::{Checkpoint, Consumed, Reader, Tensor};
+use crate::checkpoint::{Checkpoint, Consumed, Reader, Tensor, TensorInfo};
 use anyhow::{Context, Result, bail};
 use mlx_rs::{Array, Dtype};
 
@@ -59,6 +59,54 @@ impl<'c> Weights<'c> {
         to_array(tensor).with_context(|| format!("loading the tensor {}", spec.name))
     }
 
+    /// One tensor's bytes (row-major, little-endian), in pieces of `piece_bytes`; before them its dtype.
+    ///
+    /// # Errors
+    /// As [`Self::take`], or what `begin` fails with.
+    pub fn take_in_pieces<T>(
+        &mut self,
+        spec: &TensorSpec,
+        piece_bytes: usize,
+        begin: impl FnOnce(safetensors::Dtype) -> Result<T>,
+        mut with: impl FnMut(&mut T, &[u8]),
+    ) -> Result<T> {
+        match &mut self.source {
+            Source::Files(reader) => {
+                let tensor = reader.take(&spec.name, &spec.shape, allowed_dtypes(spec.kind))?;
+                let mut state = begin(tensor.dtype())?;
+                tensor
+                    .read_in_pieces(piece_bytes, |piece| with(&mut state, piece))
+                    .with_context(|| format!("loading the tensor {}", spec.name))?;
+                Ok(state)
+            }
+            Source::MadeUp(checkpoint) => {
+                let info = find(checkpoint, spec)?;
+                let mut state = begin(info.dtype)?;
+                let bytes = spec.shape.iter().product::<usize>() * info.dtype.bitsize() / 8;
+                let mut piece = vec![0; piece_bytes.min(bytes)];
+                fill_with_pattern(info.dtype, &mut piece);
+                let mut left = bytes;
+                while left > 0 {
+                    let count = piece.len().min(left);
+                    with(&mut state, &piece[..count]);
+                    left -= count;
+                }
+                Ok(state)
+            }
+        }
+    }
+
+    /// One tensor's bytes as they are, and their dtype.
+    ///
+    /// # Errors
+    /// As [`Self::take`].
+    pub fn take_bytes(&mut self, spec: &TensorSpec) -> Result<(Vec<u8>, safetensors::Dtype)> {
+        let begin = |dtype| Ok((Vec::new(), dtype));
+        self.take_in_pieces(spec, 1 << 20, begin, |(bytes, _), piece| {
+            bytes.extend_from_slice(piece);
+        })
+    }
+
     /// Several tensors, in the order given.
     pub fn take_all(&mut self, specs: &[TensorSpec]) -> Result<Vec<Array>> {
         specs.iter().map(|spec| self.take(spec)).collect()
@@ -91,28 +139,35 @@ fn to_array(tensor: Tensor) -> Result<Array> {
 
 /// An array of the spec's shape, in the dtype of the checkpoint's tensor of that name.
 fn made_up(spec: &TensorSpec, checkpoint: &Checkpoint) -> Result<Array> {
-    let info = checkpoint
-        .get(&spec.name)
-        .with_context(|| format!("the checkpoint has no tensor {}", spec.name))?;
-    let dtype = to_mlx_dtype(info.dtype)?;
-    // 2^-7 in each dtype; codes are bits without order.
-    let pattern: &[u8] = match dtype {
-        Dtype::Float32 => &[0, 0, 0, 0x3C],
-        Dtype::Float16 => &[0, 0x20],
-        Dtype::Bfloat16 => &[0, 0x3C],
-        _ => &[0x3A, 0xC5, 0x96, 0x69, 0x1E, 0xE1, 0x78, 0x87],
-    };
+    let dtype = find(checkpoint, spec)?.dtype;
     let fill = Box::new(move |bytes: &mut [u8]| {
-        let mut written = pattern.len().min(bytes.len());
-        bytes[..written].copy_from_slice(&pattern[..written]);
-        while written < bytes.len() {
-            let more = written.min(bytes.len() - written);
-            bytes.copy_within(..more, written);
-            written += more;
-        }
+        fill_with_pattern(dtype, bytes);
         Ok(())
     });
-    filled(&to_mlx_shape(&spec.shape)?, dtype, fill)
+    filled(&to_mlx_shape(&spec.shape)?, to_mlx_dtype(dtype)?, fill)
+}
+
+fn find<'c>(checkpoint: &'c Checkpoint, spec: &TensorSpec) -> Result<&'c TensorInfo> {
+    checkpoint
+        .get(&spec.name)
+        .with_context(|| format!("the checkpoint has no tensor {}", spec.name))
+}
+
+/// 2^-7 in each dtype of floats; codes are bits without order.
+fn fill_with_pattern(dtype: safetensors::Dtype, bytes: &mut [u8]) {
+    let pattern: &[u8] = match dtype {
+        safetensors::Dtype::F32 => &[0, 0, 0, 0x3C],
+        safetensors::Dtype::F16 => &[0, 0x20],
+        safetensors::Dtype::BF16 => &[0, 0x3C],
+        _ => &[0x3A, 0xC5, 0x96, 0x69, 0x1E, 0xE1, 0x78, 0x87],
+    };
+    let mut written = pattern.len().min(bytes.len());
+    bytes[..written].copy_from_slice(&pattern[..written]);
+    while written < bytes.len() {
+        let more = written.min(bytes.len() - written);
+        bytes.copy_within(..more, written);
+        written += more;
+    }
 }
 
 fn to_mlx_dtype(dtype: safetensors::Dtype) -> Result<Dtype> {
