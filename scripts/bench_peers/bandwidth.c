@@ -18,8 +18,8 @@
 #include <sys/mman.h>
 #include <time.h>
 
-enum { BYTES = 512 << 20, PASSES = 15, MAX_THREADS = 256, PLACES = 4, LINE = 2 };
-typedef uint64_t vector __attribute__((vector_size(32)));
+enum { BYTES = 512 << 20, PASSES = 15, MAX_THREADS = 256, PLACES = 4, LINE = 2, LANES = 4 };
+typedef uint64_t vector __attribute__((vector_size(LANES * sizeof(uint64_t))));
 
 struct part {
   const vector *begin, *end;
@@ -34,7 +34,8 @@ static void *read_part(void *argument) {
     for (int place = 0; place < PLACES; place++)
       for (int i = 0; i < LINE; i++) sums[place][i] ^= part->begin[place * apart + at + i];
   for (int place = 0; place < PLACES; place++)
-    for (int i = 0; i < LINE; i++) part->sum ^= sums[place][i][0] ^ sums[place][i][1] ^ sums[place][i][2] ^ sums[place][i][3];
+    for (int i = 0; i < LINE; i++)
+      for (int lane = 0; lane < LANES; lane++) part->sum ^= sums[place][i][lane];
   return NULL;
 }
 

@@ -1,4 +1,4 @@
-"""How much of the machine other programs took while we measured: what makes a figure worthless, and is easily missed."""
+"""How much of the machine other programs took while we measured: what spoils a figure and is easily missed."""
 
 import os
 import resource

@@ -59,10 +59,10 @@ def page(cases: list[Case], pairs: dict[str, Pair], measured: Measured, repeats:
 def notes(repeats: int) -> list[str]:
     """What one has to know to read the table."""
     return [
-        f"Medians of {repeats}, with their range; a process for each, in turns. The ratio is that of the medians. Of bandwidth:",
-        "the bytes of weights that a token reads x tokens per second, over what as many threads read in their best pass.",
-        f"Peers: {', '.join(VERSIONS)}.",
-        "llama.cpp is built from source for this CPU and has its settings as they come; mlx-lm takes the threads it takes.",
+        f"Medians of {repeats} and their range, each measured in a process of its own, in turns; ratios are of medians.",
+        "Of bandwidth: bytes of weights that a token reads x tokens/s, over what as many threads read in their best pass.",
+        f"Peers: {', '.join(VERSIONS)}; llama.cpp is",
+        "built from source for this CPU and has its settings as they come, mlx-lm takes the threads that it takes.",
     ]
 
 

@@ -44,7 +44,7 @@ def add_config(writer: gguf.GGUFWriter, config: dict) -> None:
 
 
 def add_tensors(writer: gguf.GGUFWriter, config: dict, kind: str) -> None:
-    """Embedding, layers, last norm; the head is the embedding, which llama.cpp takes where there is no output.weight."""
+    """Embedding, layers, last norm; the head is the embedding, as llama.cpp has it without an output.weight."""
     assert config["model_type"] == "qwen3" and config["tie_word_embeddings"], "only a tied Qwen3 is known here"
     draw = np.random.Generator(np.random.SFC64(0))
     hidden, mlp, head = config["hidden_size"], config["intermediate_size"], config["head_dim"]
