@@ -22,6 +22,7 @@ PROMPT = 4  # tokens before it decodes; few, for it is slow
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path)
+    parser.add_argument("--sequences", type=int, default=1, choices=[1])
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--prefill", type=int, metavar="TOKENS")
     options = parser.parse_args()
