@@ -449,7 +449,10 @@ fn rank_of_launcher() -> Option<usize> {
 
 /// Threads of a rank; a thousand are a slip of the finger.
 fn parse_threads(text: &str) -> Result<usize, String> {
-    let threads = text.parse().ok().filter(|threads| (1..=1024).contains(threads));
+    let threads = text
+        .parse()
+        .ok()
+        .filter(|threads| (1..=1024).contains(threads));
     threads.ok_or_else(|| format!("expected a number of threads from 1 to 1024, found \"{text}\""))
 }
 

@@ -14,8 +14,20 @@ use crate::quantized::{FloatType, Quantized, UNIT_COLUMNS};
 use crate::rows::{QuantizedRows, Rows, Wanted};
 use std::mem::MaybeUninit;
 
-/// Tokens whose sums are kept in a processor's first cache while a block's groups go by.
+/// Most tokens that go by a block at a time; a multiple of all tiles.
 const CHUNK: usize = 64;
+
+/// Fewest of them.
+const SMALLEST_CHUNK: usize = 8;
+
+/// Bytes of activations that go by a block at a time: half of a second cache, whose other half is for the block.
+const CHUNK_BYTES: usize = 256 << 10;
+
+/// How far ahead weights are asked for where few tokens use them.
+const AHEAD_BYTES: usize = 4096;
+
+/// Blocks that a chunk goes by before the next chunk comes, at most.
+const BLOCKS_AT_ONCE: usize = 16;
 
 /// Quads of four columns in the largest group.
 const MOST_QUADS: usize = 128 / 4;
@@ -157,10 +169,15 @@ fn multiply_places(
         stride: out.len() / rows.tokens().max(1),
         start: out.as_mut_ptr(),
     };
-    let per_unit = match pool.threads() {
-        1 => places.len().max(1),
-        threads => places.len().div_ceil(threads * UNITS_PER_THREAD).max(1),
+    let most = match rows.tokens() > SMALLEST_CHUNK {
+        true => BLOCKS_AT_ONCE,
+        false => places.len(),
     };
+    let per_unit = match pool.threads() {
+        1 => most,
+        threads => places.len().div_ceil(threads * UNITS_PER_THREAD).min(most),
+    };
+    let per_unit = per_unit.max(1);
     pool.run(places.len().div_ceil(per_unit), &|unit| {
         let places = &places[unit * per_unit..];
         isa.run(Multiply {
@@ -224,9 +241,12 @@ impl Kernel for Multiply<'_> {
     unsafe fn run<S: Simd>(self) {
         let mut sums = MaybeUninit::<[[f32; CHUNK * LANES]; 2]>::uninit();
         let sums = sums.as_mut_ptr().cast::<f32>();
-        for place in self.places {
-            for first in (0..self.rows.tokens()).step_by(CHUNK) {
-                let count = CHUNK.min(self.rows.tokens() - first);
+        let tokens = self.rows.tokens();
+        let chunk = CHUNK_BYTES / (2 * self.rows.width()) / SMALLEST_CHUNK * SMALLEST_CHUNK;
+        let chunk = chunk.clamp(SMALLEST_CHUNK, CHUNK);
+        for first in (0..tokens).step_by(chunk) {
+            let count = chunk.min(tokens - first);
+            for place in self.places {
                 let sides = [Some(place.linear), place.up];
                 // SAFETY: rows and weights match (`check`), and the sums have room for a chunk of both.
                 unsafe {
@@ -356,60 +376,102 @@ impl QuantizedBlock<'_> {
         // SAFETY: the caller's promise.
         unsafe {
             match (self.weight.shape().bits, self.count) {
-                (2, 1) => self.few::<S, 2, 1>(),
-                (3, 1) => self.few::<S, 3, 1>(),
-                (4, 1) => self.few::<S, 4, 1>(),
-                (5, 1) => self.few::<S, 5, 1>(),
-                (6, 1) => self.few::<S, 6, 1>(),
-                (8, 1) => self.few::<S, 8, 1>(),
-                (4, 2) => self.few::<S, 4, 2>(),
-                (8, 2) => self.few::<S, 8, 2>(),
-                (4, 4) if S::TILE >= 4 => self.few::<S, 4, 4>(),
-                (8, 4) if S::TILE >= 4 => self.few::<S, 8, 4>(),
-                _ => self.many::<S>(),
+                (8, _) => self.in_tiles::<S, 8>(),
+                (4, _) => self.in_tiles::<S, 4>(),
+                (2, 1) => self.tile::<S, 2, 1>(0),
+                (3, 1) => self.tile::<S, 3, 1>(0),
+                (5, 1) => self.tile::<S, 5, 1>(0),
+                (6, 1) => self.tile::<S, 6, 1>(0),
+                _ => self.unpacked_once::<S>(),
             }
         }
     }
 
-    /// The quads of a tile, token `token` of the chunk its first.
+    /// Tile after tile. Codes of 8 and 4 bits are unpacked by few enough instructions to do it for each tile anew, which
+    /// spares writing them to memory and keeps the totals in registers.
     #[inline(always)]
-    unsafe fn quads(&self, group: usize, token: usize) -> *const u8 {
-        let at = group * self.rows.tokens + self.first + token;
-        // SAFETY: a group of a token of the rows.
-        unsafe { self.rows.quads.as_ptr().add(at * self.rows.group_bytes()) }
+    unsafe fn in_tiles<S: Simd, const BITS: usize>(self) {
+        let mut token = 0;
+        while token < self.count {
+            let left = self.count - token;
+            // SAFETY: as many tokens are left.
+            unsafe {
+                token += if S::TILE >= 8 && left >= 8 {
+                    self.tile::<S, BITS, 8>(token);
+                    8
+                } else if S::TILE >= 4 && left >= 4 {
+                    self.tile::<S, BITS, 4>(token);
+                    4
+                } else if left >= 2 {
+                    self.tile::<S, BITS, 2>(token);
+                    2
+                } else {
+                    self.tile::<S, BITS, 1>(token);
+                    1
+                };
+            }
+        }
     }
 
-    /// As many tokens as the registers hold the sums of: codes are used where they are unpacked.
+    /// The quads of a token and those behind it in its tile, and the bytes from a quad to the next.
     #[inline(always)]
-    unsafe fn few<S: Simd, const BITS: usize, const TOKENS: usize>(self) {
+    unsafe fn quads<S: Simd>(&self, group: usize, token: usize) -> (*const u8, usize) {
+        let (first, in_tile) = QuantizedRows::tile::<S>(self.count, token);
+        let at = group * self.rows.tokens + self.first + first;
+        // SAFETY: a group of a token of the rows; a chunk begins with a tile.
+        let quads = unsafe {
+            let tile = self.rows.quads.as_ptr().add(at * self.rows.group_bytes());
+            tile.add((token - first) * QUAD_BYTES)
+        };
+        (quads, in_tile * QUAD_BYTES)
+    }
+
+    /// All groups of as many tokens as the registers hold the sums of. Codes are used where they are unpacked.
+    #[inline(always)]
+    unsafe fn tile<S: Simd, const BITS: usize, const TOKENS: usize>(&self, token: usize) {
         let shape = *self.weight.shape();
         // SAFETY: all groups of the block, and all places of the rows, are inside of their buffers.
         unsafe {
             let mut totals = [S::splat(0.0); TOKENS];
             for group in 0..shape.groups() {
                 let codes = self.block.add(group * shape.group_bytes());
-                let quads = self.quads(group, 0);
+                let (quads, stride) = self.quads::<S>(group, token);
+                // A whole tile is the usual one: its stride is known while this is compiled.
+                let stride = match TOKENS == S::TILE {
+                    true => TOKENS * QUAD_BYTES,
+                    false => stride,
+                };
                 let mut sums = [S::no_sum(); TOKENS];
+                // Where few tokens use a weight, the memory's pace counts, and processors look ahead less far
+                // than it takes.
+                let ahead = codes.wrapping_add(AHEAD_BYTES);
+                if TOKENS <= 2 {
+                    S::prefetch(ahead.wrapping_add(shape.codes_bytes()));
+                }
                 for unit in 0..shape.group_size / UNIT_COLUMNS {
-                    let codes = codes.add(unit * BITS * VECTOR_BYTES);
-                    let quads = quads.add(unit * UNIT_COLUMNS / 4 * TOKENS * QUAD_BYTES);
+                    for vector in unit * BITS..(unit + 1) * BITS {
+                        if TOKENS <= 2 {
+                            S::prefetch(ahead.wrapping_add(vector * VECTOR_BYTES));
+                        }
+                    }
                     let dot = Dot::<S, TOKENS> {
                         sums: &mut sums,
-                        quads,
+                        quads: quads.add(unit * UNIT_COLUMNS / 4 * stride),
+                        stride,
                     };
-                    unpack::<S, BITS>(codes, dot);
+                    unpack::<S, BITS>(codes.add(unit * BITS * VECTOR_BYTES), dot);
                 }
-                self.scale::<S, TOKENS>(group, 0, sums, &mut totals);
+                self.scale::<S, TOKENS>(group, token, self.scales::<S>(group), sums, &mut totals);
             }
-            for (token, total) in totals.into_iter().enumerate() {
-                S::store(self.sums.add(token * LANES), total);
+            for (index, total) in totals.into_iter().enumerate() {
+                S::store(self.sums.add((token + index) * LANES), total);
             }
         }
     }
 
     /// Any number of tokens: a group's codes are unpacked once for all.
     #[inline(always)]
-    unsafe fn many<S: Simd>(self) {
+    unsafe fn unpacked_once<S: Simd>(self) {
         let shape = *self.weight.shape();
         let mut unpacked = [const { MaybeUninit::<S::Codes>::uninit() }; MOST_QUADS];
         // SAFETY: as above; a group has at most `MOST_QUADS` quads, and those it has are written first.
@@ -424,17 +486,18 @@ impl QuantizedBlock<'_> {
                     unpack_any::<S>(shape.bits, codes.add(unit * shape.unit_bytes()), to);
                 }
                 let unpacked = unpacked.as_ptr().cast::<S::Codes>();
+                let scales = self.scales::<S>(group);
                 let mut token = 0;
                 while token < self.count {
                     let left = self.count - token;
                     token += if S::TILE >= 8 && left >= 8 {
-                        self.tile::<S, 8>(group, token, unpacked)
+                        self.unpacked_tile::<S, 8>(group, token, unpacked, scales)
                     } else if S::TILE >= 4 && left >= 4 {
-                        self.tile::<S, 4>(group, token, unpacked)
+                        self.unpacked_tile::<S, 4>(group, token, unpacked, scales)
                     } else if left >= 2 {
-                        self.tile::<S, 2>(group, token, unpacked)
+                        self.unpacked_tile::<S, 2>(group, token, unpacked, scales)
                     } else {
-                        self.tile::<S, 1>(group, token, unpacked)
+                        self.unpacked_tile::<S, 1>(group, token, unpacked, scales)
                     };
                 }
             }
@@ -443,35 +506,51 @@ impl QuantizedBlock<'_> {
 
     /// One group of some tokens, with codes unpacked before. The number of tokens.
     #[inline(always)]
-    unsafe fn tile<S: Simd, const TOKENS: usize>(
+    unsafe fn unpacked_tile<S: Simd, const TOKENS: usize>(
         &self,
         group: usize,
         token: usize,
         unpacked: *const S::Codes,
+        scales: [S::F; 2],
     ) -> usize {
-        let (first, in_tile) = QuantizedRows::tile::<S>(self.count, token);
-        // SAFETY: as above; a chunk begins with a tile.
+        // SAFETY: as above.
         unsafe {
-            let mut quads = self.quads(group, first).add((token - first) * QUAD_BYTES);
+            let (mut quads, stride) = self.quads::<S>(group, token);
             let mut sums = [S::no_sum(); TOKENS];
             for quad in 0..self.rows.group_size / 4 {
                 let codes = *unpacked.add(quad);
                 for (token, sum) in sums.iter_mut().enumerate() {
                     *sum = S::dot(*sum, codes, quads.add(token * QUAD_BYTES));
                 }
-                quads = quads.add(in_tile * QUAD_BYTES);
+                quads = quads.add(stride);
             }
             let at = self.sums.add(token * LANES);
             let mut totals = [S::splat(0.0); TOKENS];
             for (token, total) in totals.iter_mut().enumerate() {
                 *total = S::load(at.add(token * LANES));
             }
-            self.scale::<S, TOKENS>(group, token, sums, &mut totals);
+            self.scale::<S, TOKENS>(group, token, scales, sums, &mut totals);
             for (token, total) in totals.into_iter().enumerate() {
                 S::store(at.add(token * LANES), total);
             }
         }
         TOKENS
+    }
+
+    /// The scales and the biases of a group's rows.
+    #[inline(always)]
+    unsafe fn scales<S: Simd>(&self, group: usize) -> [S::F; 2] {
+        let shape = self.weight.shape();
+        // SAFETY: as above.
+        unsafe {
+            let at = group * shape.group_bytes() + shape.codes_bytes();
+            let floats = self.block.add(at);
+            let biases = floats.add(LANES * shape.scale_type.bytes());
+            [
+                load_floats::<S>(floats, shape.scale_type),
+                load_floats::<S>(biases, shape.scale_type),
+            ]
+        }
     }
 
     /// Adds a group's sums to the totals.
@@ -480,18 +559,12 @@ impl QuantizedBlock<'_> {
         &self,
         group: usize,
         token: usize,
+        [scale, bias]: [S::F; 2],
         sums: [S::Sum; TOKENS],
         totals: &mut [S::F; TOKENS],
     ) {
-        let shape = self.weight.shape();
         // SAFETY: as above.
         unsafe {
-            let floats = self
-                .block
-                .add(group * shape.group_bytes() + shape.codes_bytes());
-            let float_bytes = shape.scale_type.bytes();
-            let scale = load_floats::<S>(floats, shape.scale_type);
-            let bias = load_floats::<S>(floats.add(LANES * float_bytes), shape.scale_type);
             let at = group * self.rows.tokens + self.first + token;
             let of_rows = self.rows.scales.as_ptr().add(at);
             for (token, (sum, total)) in sums.into_iter().zip(totals).enumerate() {
@@ -515,6 +588,7 @@ trait TakeQuads<S: Simd> {
 struct Dot<'a, S: Simd, const TOKENS: usize> {
     sums: &'a mut [S::Sum; TOKENS],
     quads: *const u8,
+    stride: usize,
 }
 
 impl<S: Simd, const TOKENS: usize> TakeQuads<S> for Dot<'_, S, TOKENS> {
@@ -523,7 +597,7 @@ impl<S: Simd, const TOKENS: usize> TakeQuads<S> for Dot<'_, S, TOKENS> {
         for token in 0..TOKENS {
             // SAFETY: `quads` has a unit's quads of a tile of `TOKENS`.
             unsafe {
-                let quad = self.quads.add((quad * TOKENS + token) * QUAD_BYTES);
+                let quad = self.quads.add(quad * self.stride + token * QUAD_BYTES);
                 self.sums[token] = S::dot(self.sums[token], codes, quad);
             }
         }

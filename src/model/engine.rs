@@ -42,9 +42,7 @@ impl Kernels {
     pub fn load(&self, parts: Parts, weights: &mut Weights) -> Result<Box<dyn Engine>> {
         Ok(match self {
             Self::Mlx => Box::new(MlxEngine::load(parts, weights)?),
-            Self::Own(machine) => {
-                Box::new(OwnEngine::load(parts, weights, Arc::clone(machine))?)
-            }
+            Self::Own(machine) => Box::new(OwnEngine::load(parts, weights, Arc::clone(machine))?),
         })
     }
 }

@@ -176,7 +176,8 @@ impl Engine for OwnEngine {
             let (of_layer, step): (Vec<Cache>, _) = (of_layer.collect(), Arc::clone(&step));
             let compute: Compute = Box::new(move |inputs, y| {
                 let mut locked: Vec<_> = of_layer.iter().map(|cache| lock(cache)).collect();
-                let mut caches: Vec<&mut KvCache> = locked.iter_mut().map(|cache| &mut **cache).collect();
+                let mut caches: Vec<&mut KvCache> =
+                    locked.iter_mut().map(|cache| &mut **cache).collect();
                 let scratch = &mut lock(&machine.scratch);
                 layer.forward(machine.parts(), &step, &mut caches, scratch, (inputs[0], y));
             });
@@ -195,7 +196,13 @@ impl Engine for OwnEngine {
             let x: Vec<f32> = rows.iter().flat_map(row).copied().collect();
             let linears = [&*head.projection];
             let mut prepared = Rows::default();
-            prepared.prepare(machine.parts(), &x, width, Some(&head.norm), &wanted(linears));
+            prepared.prepare(
+                machine.parts(),
+                &x,
+                width,
+                Some(&head.norm),
+                &wanted(linears),
+            );
             multiply(machine.parts(), &linears, &prepared, None, logits);
         });
         computed(&[x], &shape, compute).context("MLX cannot make an array")
@@ -216,7 +223,8 @@ impl Engine for OwnEngine {
             cache.resize(tokens);
             Arc::new(Mutex::new(cache))
         };
-        self.caches.insert(slot, (0..self.used).map(|_| cache()).collect());
+        self.caches
+            .insert(slot, (0..self.used).map(|_| cache()).collect());
         Ok(())
     }
 }
@@ -304,11 +312,13 @@ impl Loader<'_, '_, '_> {
             };
             Ok((Plain::zeroed(shape), 0))
         };
-        let (weight, _) = self.weights.take_in_pieces(tensor, piece_bytes, begin, |state, piece| {
-            let (weight, block) = state;
-            weight.pack(pool, *block, piece);
-            *block += piece.len() / weight.shape().block_bytes();
-        })?;
+        let (weight, _) =
+            self.weights
+                .take_in_pieces(tensor, piece_bytes, begin, |state, piece| {
+                    let (weight, block) = state;
+                    weight.pack(pool, *block, piece);
+                    *block += piece.len() / weight.shape().block_bytes();
+                })?;
         Ok(Weight::Plain(weight))
     }
 
@@ -335,18 +345,20 @@ impl Loader<'_, '_, '_> {
         let block_codes = BLOCK_ROWS * shape.row_bytes();
         let piece_bytes = block_codes * (PIECE_BYTES / block_codes).max(1);
         let begin = |_| Ok((Quantized::zeroed(shape), 0));
-        let (weight, _) = self.weights.take_in_pieces(codes, piece_bytes, begin, |state, codes| {
-            let (weight, row) = state;
-            let rows = *row..*row + codes.len() / shape.row_bytes();
-            let floats = rows.start * row_floats..rows.end * row_floats;
-            let packed = PackedRows {
-                codes,
-                scales: &scales[floats.clone()],
-                biases: &biases[floats],
-            };
-            weight.pack(pool, rows.start / BLOCK_ROWS, packed);
-            *row = rows.end;
-        })?;
+        let (weight, _) =
+            self.weights
+                .take_in_pieces(codes, piece_bytes, begin, |state, codes| {
+                    let (weight, row) = state;
+                    let rows = *row..*row + codes.len() / shape.row_bytes();
+                    let floats = rows.start * row_floats..rows.end * row_floats;
+                    let packed = PackedRows {
+                        codes,
+                        scales: &scales[floats.clone()],
+                        biases: &biases[floats],
+                    };
+                    weight.pack(pool, rows.start / BLOCK_ROWS, packed);
+                    *row = rows.end;
+                })?;
         Ok(Weight::Quantized(weight))
     }
 }
