@@ -343,9 +343,10 @@ unsafe impl<const I8MM: bool> Simd for Lanes<I8MM> {
     #[inline(always)]
     unsafe fn finish(sum: Sum, quanta: f32) -> F {
         unsafe {
+            // What `signed` took of every code: 128 times the whole numbers, as an integer, so exactly.
             let taken = match I8MM {
                 true => vdupq_n_s32(0),
-                false => vdupq_n_s32(128 * quanta as i32),
+                false => vcvtq_n_s32_f32::<7>(vdupq_n_f32(quanta)),
             };
             pairs(sum.high, sum.low, |high, low| {
                 let low = vaddq_s32(low, taken);
