@@ -121,4 +121,15 @@ mod tests {
             "{error}"
         );
     }
+
+    /// How a machine's tests say what they must have run on: see `scripts/test-aarch64`.
+    #[test]
+    fn the_one_that_the_environment_names_is_there() {
+        let chosen = Isa::chosen().unwrap().name();
+        if let Ok(wanted) = std::env::var(VARIABLE)
+            && !wanted.is_empty()
+        {
+            assert_eq!(chosen, wanted);
+        }
+    }
 }
