@@ -17,6 +17,9 @@ pub enum Isa {
     /// NEON with dot products.
     #[cfg(target_arch = "aarch64")]
     Neon(crate::arch::neon::Neon),
+    /// NEON with dot products and products of unsigned with signed bytes.
+    #[cfg(target_arch = "aarch64")]
+    NeonI8mm(crate::arch::neon::NeonI8mm),
 }
 
 /// The variable that names an instruction set to use instead of the best one.
@@ -32,7 +35,10 @@ impl Isa {
             found.extend(crate::arch::avx512::Avx512::new().map(Self::Avx512));
         }
         #[cfg(target_arch = "aarch64")]
-        found.extend(crate::arch::neon::Neon::new().map(Self::Neon));
+        {
+            found.extend(crate::arch::neon::Neon::new().map(Self::Neon));
+            found.extend(crate::arch::neon::NeonI8mm::new().map(Self::NeonI8mm));
+        }
         found
     }
 
@@ -46,6 +52,8 @@ impl Isa {
             Self::Avx512(_) => "avx512",
             #[cfg(target_arch = "aarch64")]
             Self::Neon(_) => "neon",
+            #[cfg(target_arch = "aarch64")]
+            Self::NeonI8mm(_) => "neon-i8mm",
         }
     }
 
@@ -76,6 +84,8 @@ impl Isa {
             Self::Avx512(proof) => proof.run(kernel),
             #[cfg(target_arch = "aarch64")]
             Self::Neon(proof) => proof.run(kernel),
+            #[cfg(target_arch = "aarch64")]
+            Self::NeonI8mm(proof) => proof.run(kernel),
         }
     }
 }
@@ -110,5 +120,16 @@ mod tests {
             error.starts_with("MLX_PIPE_ISA=mmx: this processor has scalar"),
             "{error}"
         );
+    }
+
+    /// How a machine's tests say what they must have run on: see `scripts/test-aarch64`.
+    #[test]
+    fn the_one_that_the_environment_names_is_there() {
+        let chosen = Isa::chosen().unwrap().name();
+        if let Ok(wanted) = std::env::var(VARIABLE)
+            && !wanted.is_empty()
+        {
+            assert_eq!(chosen, wanted);
+        }
     }
 }

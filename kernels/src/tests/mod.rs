@@ -1,6 +1,7 @@
 //! What holds for all kernels: every instruction set gives the bits of the plain one, a token's result does
 //! not depend on its neighbours or on threads, and the error against 64-bit floats is bounded.
 
+mod arch;
 mod attention;
 mod linear;
 mod math;
