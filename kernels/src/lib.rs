@@ -24,9 +24,9 @@ mod math;
 mod memory;
 mod plain;
 mod pool;
-mod quantized;
 #[cfg(feature = "primitive")]
 pub mod primitive;
+mod quantized;
 mod rows;
 
 #[cfg(test)]

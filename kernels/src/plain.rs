@@ -71,12 +71,16 @@ impl Plain {
         let row_bytes = shape.row_bytes();
         let count = rows.len() / row_bytes.max(1);
         assert!(count.is_multiple_of(LANES) || first * LANES + count == shape.outputs);
-        let blocks = self.buffer.as_mut_slice().chunks_exact_mut(shape.block_bytes().max(1));
+        let blocks = self
+            .buffer
+            .as_mut_slice()
+            .chunks_exact_mut(shape.block_bytes().max(1));
         let blocks = blocks.skip(first).take(count.div_ceil(LANES));
         let blocks: Vec<_> = blocks.map(Mutex::new).collect();
         assert_eq!(blocks.len(), count.div_ceil(LANES));
         pool.run(blocks.len(), &|index| {
-            let of_block = index * LANES * row_bytes..rows.len().min((index + 1) * LANES * row_bytes);
+            let of_block =
+                index * LANES * row_bytes..rows.len().min((index + 1) * LANES * row_bytes);
             let mut block = blocks[index].lock().unwrap_or_else(PoisonError::into_inner);
             pack_plain_block(&shape, &rows[of_block], &mut block);
         });

@@ -152,13 +152,18 @@ impl Quantized {
         let row_floats = shape.groups() * shape.scale_type.bytes();
         let count = rows.codes.len() / row_bytes.max(1);
         assert!(count.is_multiple_of(LANES) || first * LANES + count == shape.outputs);
-        let blocks = self.buffer.as_mut_slice().chunks_exact_mut(shape.block_bytes().max(1));
+        let blocks = self
+            .buffer
+            .as_mut_slice()
+            .chunks_exact_mut(shape.block_bytes().max(1));
         let blocks = blocks.skip(first).take(count.div_ceil(LANES));
         let blocks: Vec<_> = blocks.map(Mutex::new).collect();
         assert_eq!(blocks.len(), count.div_ceil(LANES));
         pool.run(blocks.len(), &|index| {
             let of_block = index * LANES..count.min((index + 1) * LANES);
-            let part = |bytes: &'_ [u8], of_row: usize| of_block.start * of_row..bytes.len().min(of_block.end * of_row);
+            let part = |bytes: &'_ [u8], of_row: usize| {
+                of_block.start * of_row..bytes.len().min(of_block.end * of_row)
+            };
             let rows = PackedRows {
                 codes: &rows.codes[part(rows.codes, row_bytes)],
                 scales: &rows.scales[part(rows.scales, row_floats)],
