@@ -442,18 +442,13 @@ impl QuantizedBlock<'_> {
                     false => stride,
                 };
                 let mut sums = [S::no_sum(); TOKENS];
-                // Where few tokens use a weight, the memory's pace counts, and processors look ahead less far
-                // than it takes.
-                let ahead = codes.wrapping_add(AHEAD_BYTES);
                 if TOKENS <= 2 {
-                    S::prefetch(ahead.wrapping_add(shape.codes_bytes()));
+                    // The memory's pace counts here, and processors look ahead less far than it takes.
+                    for line in (0..shape.group_bytes()).step_by(VECTOR_BYTES) {
+                        S::prefetch(codes.wrapping_add(AHEAD_BYTES + line));
+                    }
                 }
                 for unit in 0..shape.group_size / UNIT_COLUMNS {
-                    for vector in unit * BITS..(unit + 1) * BITS {
-                        if TOKENS <= 2 {
-                            S::prefetch(ahead.wrapping_add(vector * VECTOR_BYTES));
-                        }
-                    }
                     let dot = Dot::<S, TOKENS> {
                         sums: &mut sums,
                         quads: quads.add(unit * UNIT_COLUMNS / 4 * stride),
