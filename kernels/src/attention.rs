@@ -600,9 +600,9 @@ unsafe fn values_tile<S: Simd, const TILE: usize>(
             }
             for position in 0..count {
                 let value = S::load(of_block.add(position * padded + column));
-                for row in 0..TILE {
+                for (row, sum) in sums.iter_mut().enumerate() {
                     let weight = S::splat(*weights.add(row * BLOCK_TOKENS + position));
-                    sums[row] = S::mul_add(weight, value, sums[row]);
+                    *sum = S::mul_add(weight, value, *sum);
                 }
             }
             for (row, sum) in sums.into_iter().enumerate() {

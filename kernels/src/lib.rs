@@ -17,6 +17,7 @@
 #[allow(missing_docs)] // for tests and benches; the operations are said once, in `Simd`
 mod arch;
 mod attention;
+mod block;
 mod isa;
 mod layer;
 mod linear;
@@ -28,6 +29,7 @@ mod pool;
 pub mod primitive;
 mod quantized;
 mod rows;
+mod unpack;
 
 #[cfg(test)]
 mod tests;

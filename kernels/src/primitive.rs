@@ -81,3 +81,46 @@ unsafe extern "C" fn drop_context(context: *mut c_void) {
     // SAFETY: from `Box::into_raw` in `computed`.
     drop(unsafe { Box::from_raw(context.cast::<Context>()) });
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use mlx_rs::Device;
+    use std::sync::Arc;
+    use std::sync::atomic::{AtomicUsize, Ordering};
+
+    #[test]
+    fn an_array_is_computed_once_when_it_is_evaluated_and_its_context_dropped() {
+        Device::set_default(&Device::cpu());
+        let calls = Arc::new(AtomicUsize::new(0));
+        let counted = Arc::clone(&calls);
+        let double: Compute = Box::new(move |inputs, output| {
+            counted.fetch_add(1, Ordering::SeqCst);
+            for ((a, b), sum) in inputs[0].iter().zip(inputs[1]).zip(output) {
+                *sum = 2.0 * a + b;
+            }
+        });
+        let a = Array::from_slice(&[1f32, 2.0, 3.0], &[3, 1]);
+        let doubled = computed(&[&a, &a], &[3, 1], double).unwrap();
+        // Of an array of ours MLX makes another, and the other way round.
+        let sum = doubled.add(&a).unwrap();
+        let copy: Compute = Box::new(|inputs, output| output.copy_from_slice(inputs[0]));
+        let copied = computed(&[&sum], &[3], copy).unwrap();
+        assert_eq!(calls.load(Ordering::SeqCst), 0);
+        copied.eval().unwrap();
+        assert_eq!(copied.as_slice::<f32>(), [4.0, 8.0, 12.0]);
+        copied.eval().unwrap();
+        assert_eq!(calls.load(Ordering::SeqCst), 1);
+        drop((doubled, sum, copied));
+        assert_eq!(Arc::strong_count(&calls), 1);
+    }
+
+    #[test]
+    fn an_array_that_is_never_evaluated_drops_its_context_too() {
+        let calls = Arc::new(());
+        let held = Arc::clone(&calls);
+        let never: Compute = Box::new(move |_, _| unreachable!("{held:?}"));
+        drop(computed(&[], &[4, 4], never).unwrap());
+        assert_eq!(Arc::strong_count(&calls), 1);
+    }
+}
