@@ -7,15 +7,21 @@ use std::path::{Path, PathBuf};
 
 /// All Rust files under `src`, with their path relative to it and their code (comments taken out).
 fn sources() -> Vec<(String, String)> {
-    let src = common::root().join("src");
-    let mut found = Vec::new();
-    collect(&src, &mut found);
+    let found = files("src", "src");
     assert!(found.len() > 40, "only {} files found", found.len());
+    found
+}
+
+/// All Rust files under `folder`, with their path relative to `base` and their code.
+fn files(folder: &str, base: &str) -> Vec<(String, String)> {
+    let base = common::root().join(base);
+    let mut found = Vec::new();
+    collect(&common::root().join(folder), &mut found);
     found
         .into_iter()
         .map(|path| {
             let name = path
-                .strip_prefix(&src)
+                .strip_prefix(&base)
                 .unwrap()
                 .to_string_lossy()
                 .replace('\\', "/");
@@ -70,6 +76,22 @@ fn arrays_are_named_in_the_model_and_the_stage_only() {
         trespassers(&["mlx_rs", "mlx_sys"], &["model/", "stage.rs"]),
         NONE
     );
+}
+
+#[test]
+fn the_kernels_are_named_in_the_model_only_and_know_nothing_of_it() {
+    assert_eq!(trespassers(&["mlx_pipe_kernels"], &["model/"]), NONE);
+    let of_kernels = files("kernels/src", "");
+    assert!(of_kernels.len() > 15, "only {} files found", of_kernels.len());
+    let guilty: Vec<String> = of_kernels
+        .into_iter()
+        .filter(|(name, code)| {
+            let names_mlx = code.contains("mlx_rs") || code.contains("mlx_sys");
+            names_mlx && name != "kernels/src/primitive.rs"
+        })
+        .map(|(name, _)| name)
+        .collect();
+    assert_eq!(guilty, NONE);
 }
 
 #[test]
@@ -153,8 +175,13 @@ fn unsafe_code_stands_in_exactly_the_files_that_the_architecture_page_lists() {
     let is_unsafe = |code: &str| {
         code.contains("#[unsafe(") || kinds.iter().any(|kind| code.contains(kind.as_str()))
     };
+    // What the kernels' tests do is no part of the program.
+    let of_kernels = files("kernels/src", "")
+        .into_iter()
+        .filter(|(name, _)| !name.starts_with("kernels/src/tests/"));
     let with_unsafe: BTreeSet<String> = sources()
         .into_iter()
+        .chain(of_kernels)
         .filter(|(_, code)| is_unsafe(code))
         .map(|(name, _)| name)
         .collect();

@@ -103,7 +103,9 @@ fn check_all_ways(linear: &Linear, x: &[f32], chunk: usize) -> Vec<f32> {
     let inputs = linear.inputs();
     let expected = times(Isa::Scalar, 1, linear, x);
     for isa in Isa::available() {
-        let whole = times(isa, 1 + chunk % 3, linear, x);
+        // At an address that no vector is aligned to.
+        let moved: Vec<f32> = [0.0].iter().chain(x).copied().collect();
+        let whole = times(isa, 1 + chunk % 3, linear, &moved[1..]);
         assert_same_bits(&whole, &expected, isa.name());
         let parts = x
             .chunks(chunk * inputs)
