@@ -82,7 +82,11 @@ fn arrays_are_named_in_the_model_and_the_stage_only() {
 fn the_kernels_are_named_in_the_model_only_and_know_nothing_of_it() {
     assert_eq!(trespassers(&["mlx_pipe_kernels"], &["model/"]), NONE);
     let of_kernels = files("kernels/src", "");
-    assert!(of_kernels.len() > 15, "only {} files found", of_kernels.len());
+    assert!(
+        of_kernels.len() > 15,
+        "only {} files found",
+        of_kernels.len()
+    );
     let guilty: Vec<String> = of_kernels
         .into_iter()
         .filter(|(name, code)| {

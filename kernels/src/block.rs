@@ -16,7 +16,7 @@ use std::mem::MaybeUninit;
 /// Quads of four columns in the largest group.
 const MOST_QUADS: usize = 128 / 4;
 
-/// How far ahead weights are asked for where few tokens use them.
+/// How far ahead weights are asked for by a single tile: processors look less far ahead than memory takes.
 const AHEAD_BYTES: usize = 4096;
 
 /// Block `block` of a weight times `count` rows from `first` on: `sums` is `[count, 16]`.
@@ -71,6 +71,14 @@ unsafe fn load_floats<S: Simd>(from: *const u8, float_type: FloatType) -> S::F {
     }
 }
 
+/// Lines of each group that are asked for so many bytes ahead.
+#[derive(Clone, Copy)]
+struct Ahead {
+    bytes: usize,
+    first_line: usize,
+    end_line: usize,
+}
+
 #[derive(Clone, Copy)]
 struct QuantizedBlock<'a> {
     weight: &'a Quantized,
@@ -91,13 +99,20 @@ impl QuantizedBlock<'_> {
             match (self.weight.shape().bits, self.count) {
                 (8, _) => self.in_tiles::<S, 8>(),
                 (4, _) => self.in_tiles::<S, 4>(),
-                (2, 1) => self.tile::<S, 2, 1>(0),
-                (3, 1) => self.tile::<S, 3, 1>(0),
-                (5, 1) => self.tile::<S, 5, 1>(0),
-                (6, 1) => self.tile::<S, 6, 1>(0),
+                (2, 1) => self.only::<S, 2>(),
+                (3, 1) => self.only::<S, 3>(),
+                (5, 1) => self.only::<S, 5>(),
+                (6, 1) => self.only::<S, 6>(),
                 _ => self.unpacked_once::<S>(),
             }
         }
+    }
+
+    /// A single token.
+    #[inline(always)]
+    unsafe fn only<S: Simd, const BITS: usize>(self) {
+        // SAFETY: there is one.
+        unsafe { self.tile::<S, BITS, 1>(0, self.ahead::<S>(0)) };
     }
 
     /// Tile after tile. Codes of 8 and 4 bits are unpacked by few enough instructions to do it for each tile anew, which
@@ -107,22 +122,36 @@ impl QuantizedBlock<'_> {
         let mut token = 0;
         while token < self.count {
             let left = self.count - token;
+            let ahead = self.ahead::<S>(token);
             // SAFETY: as many tokens are left.
             unsafe {
                 token += if S::TILE >= 8 && left >= 8 {
-                    self.tile::<S, BITS, 8>(token);
-                    8
+                    self.tile::<S, BITS, 8>(token, ahead)
                 } else if S::TILE >= 4 && left >= 4 {
-                    self.tile::<S, BITS, 4>(token);
-                    4
+                    self.tile::<S, BITS, 4>(token, ahead)
                 } else if left >= 2 {
-                    self.tile::<S, BITS, 2>(token);
-                    2
+                    self.tile::<S, BITS, 2>(token, ahead)
                 } else {
-                    self.tile::<S, BITS, 1>(token);
-                    1
+                    self.tile::<S, BITS, 1>(token, ahead)
                 };
             }
+        }
+    }
+
+    /// What a tile asks for of the weights to come. A single tile goes by them once, at memory's pace, and asks for
+    /// what it needs soon; several share the next block, so that memory works while they compute.
+    #[inline(always)]
+    fn ahead<S: Simd>(&self, token: usize) -> Ahead {
+        let shape = self.weight.shape();
+        let lines = shape.group_bytes() / VECTOR_BYTES;
+        let (tile, tiles) = (token / S::TILE, self.count.div_ceil(S::TILE));
+        Ahead {
+            bytes: match tiles {
+                1 => AHEAD_BYTES,
+                _ => shape.block_bytes(),
+            },
+            first_line: tile * lines / tiles,
+            end_line: (tile + 1) * lines / tiles,
         }
     }
 
@@ -141,7 +170,11 @@ impl QuantizedBlock<'_> {
 
     /// All groups of as many tokens as the registers hold the sums of. Codes are used where they are unpacked.
     #[inline(always)]
-    unsafe fn tile<S: Simd, const BITS: usize, const TOKENS: usize>(&self, token: usize) {
+    unsafe fn tile<S: Simd, const BITS: usize, const TOKENS: usize>(
+        &self,
+        token: usize,
+        ahead: Ahead,
+    ) -> usize {
         let shape = *self.weight.shape();
         // SAFETY: all groups of the block, and all places of the rows, are inside of their buffers.
         unsafe {
@@ -155,11 +188,8 @@ impl QuantizedBlock<'_> {
                     false => stride,
                 };
                 let mut sums = [S::no_sum(); TOKENS];
-                if TOKENS <= 2 {
-                    // The memory's pace counts here, and processors look ahead less far than it takes.
-                    for line in (0..shape.group_bytes()).step_by(VECTOR_BYTES) {
-                        S::prefetch(codes.wrapping_add(AHEAD_BYTES + line));
-                    }
+                for line in ahead.first_line..ahead.end_line {
+                    S::prefetch(codes.wrapping_add(ahead.bytes + line * VECTOR_BYTES));
                 }
                 for unit in 0..shape.group_size / UNIT_COLUMNS {
                     let dot = Dot::<S, TOKENS> {
@@ -175,6 +205,7 @@ impl QuantizedBlock<'_> {
                 S::store(self.sums.add((token + index) * LANES), total);
             }
         }
+        TOKENS
     }
 
     /// Any number of tokens: a group's codes are unpacked once for all.
