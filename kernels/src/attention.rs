@@ -1,7 +1,7 @@
 //! Causal attention with grouped queries over a cache of keys and values.
 //!
-//! The cache is cut into blocks of 64 positions that begin at multiples of 64, keys with their columns outermost,
-//! so that sixteen positions are one vector, values as they come. A query goes over the blocks in order
+//! The cache is cut into blocks of 64 positions that begin at multiples of 64. In it sixteen positions of a key's
+//! column are one vector, and sixteen columns of a position's value, in the order in which they are read. A query goes over the blocks in order
 //! and keeps the largest score, the sum and the weighted values so far (the online softmax), so its result
 //! depends on its position and what lies before, not on the queries it is computed with.
 
@@ -47,12 +47,12 @@ impl HeadShape {
         self.head_dim.next_multiple_of(LANES)
     }
 
-    /// Floats of a block's keys, `[kv_heads, head_dim, 64]`.
+    /// Floats of a block's keys, `[kv_heads, 4, head_dim, 16 positions]`.
     fn keys_len(&self) -> usize {
         self.kv_head_count * self.head_dim * BLOCK_TOKENS
     }
 
-    /// Floats of a block: its keys, then its values, `[kv_heads, 64, padded]`.
+    /// Floats of a block: its keys, then its values, `[kv_heads, padded / 16, 64, 16 columns]`.
     fn block_len(&self) -> usize {
         self.keys_len() + self.kv_head_count * BLOCK_TOKENS * self.padded()
     }
@@ -324,13 +324,17 @@ impl Kernel for Keep<'_> {
             for head in 0..shape.kv_head_count {
                 let key = keys.add(head * dim);
                 rotate::<S>(key, dim, k_norm, angles, 1.0);
-                let kept = block.add(head * dim * BLOCK_TOKENS + slot);
+                let kept = block.add(head * dim * BLOCK_TOKENS);
+                let kept = kept.add(slot / LANES * dim * LANES + slot % LANES);
                 for column in 0..dim {
-                    *kept.add(column * BLOCK_TOKENS) = *key.add(column);
+                    *kept.add(column * LANES) = *key.add(column);
                 }
-                let kept =
-                    block.add(shape.keys_len() + (head * BLOCK_TOKENS + slot) * shape.padded());
-                std::ptr::copy_nonoverlapping(values.add(head * dim), kept, dim);
+                let kept = block.add(shape.keys_len() + head * BLOCK_TOKENS * shape.padded());
+                for column in (0..dim).step_by(LANES) {
+                    let from = values.add(head * dim + column);
+                    let kept = kept.add(column * BLOCK_TOKENS + slot * LANES);
+                    std::ptr::copy_nonoverlapping(from, kept, LANES.min(dim - column));
+                }
             }
         }
     }
@@ -457,7 +461,7 @@ impl Kernel for Attend<'_> {
 /// `scores[row][t] = query of row . key t` for the first `count` positions of a block, rounded up to vectors.
 ///
 /// # Safety
-/// The processor has `S`; `keys` is `[dim, 64]`, and the scores have 64 for each row.
+/// The processor has `S`; `keys` is `[4, dim, 16]`, and the scores have 64 for each row.
 #[inline(always)]
 unsafe fn score_block<S: Simd>(
     rows: &[Row],
@@ -476,6 +480,7 @@ unsafe fn score_block<S: Simd>(
                 scores.as_mut_ptr().add(at * BLOCK_TOKENS),
             );
             at += match left {
+                8.. if S::TILE >= 8 => score_tile::<S, 8>(rows, keys, dim, count, scores),
                 4.. => score_tile::<S, 4>(rows, keys, dim, count, scores),
                 3 => score_tile::<S, 3>(rows, keys, dim, count, scores),
                 2 => score_tile::<S, 2>(rows, keys, dim, count, scores),
@@ -503,8 +508,9 @@ unsafe fn score_tile<S: Simd, const TILE: usize>(
         }
         for position in (0..count).step_by(LANES) {
             let mut sums = [S::splat(0.0); TILE];
+            let keys = keys.add(position * dim);
             for column in 0..dim {
-                let key = S::load(keys.add(column * BLOCK_TOKENS + position));
+                let key = S::load(keys.add(column * LANES));
                 for row in 0..TILE {
                     sums[row] = S::mul_add(S::splat(*queries[row].add(column)), key, sums[row]);
                 }
@@ -552,7 +558,7 @@ unsafe fn soften<S: Simd>(row: &mut Row, from: usize, count: usize, scores: &mut
 /// `values[row] = values[row] * fade + weights . block's values`.
 ///
 /// # Safety
-/// The processor has `S`; `of_block` is `[64, padded]`, `values` `[rows, padded]`.
+/// The processor has `S`; `of_block` is `[padded / 16, 64, 16]`, `values` `[rows, padded]`.
 #[inline(always)]
 unsafe fn add_values<S: Simd>(
     rows: &[Row],
@@ -572,6 +578,7 @@ unsafe fn add_values<S: Simd>(
             let values = values.as_mut_ptr().add(at * padded);
             let block = (of_block, padded, count);
             at += match left {
+                8.. if S::TILE >= 8 => values_tile::<S, 8>(rows, weights, block, values),
                 4.. => values_tile::<S, 4>(rows, weights, block, values),
                 3 => values_tile::<S, 3>(rows, weights, block, values),
                 2 => values_tile::<S, 2>(rows, weights, block, values),
@@ -599,7 +606,7 @@ unsafe fn values_tile<S: Simd, const TILE: usize>(
                 *sum = S::mul(before, S::splat((*rows.add(row)).fade));
             }
             for position in 0..count {
-                let value = S::load(of_block.add(position * padded + column));
+                let value = S::load(of_block.add(column * BLOCK_TOKENS + position * LANES));
                 for (row, sum) in sums.iter_mut().enumerate() {
                     let weight = S::splat(*weights.add(row * BLOCK_TOKENS + position));
                     *sum = S::mul_add(weight, value, *sum);
