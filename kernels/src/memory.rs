@@ -1,7 +1,9 @@
 //! Memory for weights: zeros, on a cache line's border, in large pages where the kernel gives them.
 
+use crate::pool::Pool;
 use std::alloc::{Layout, dealloc, handle_alloc_error};
 use std::fmt;
+use std::ops::Range;
 use std::ptr::NonNull;
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -61,6 +63,32 @@ impl Buffer {
     pub fn as_mut_slice(&mut self) -> &mut [u8] {
         // SAFETY: as above, and `self` is borrowed for as long.
         unsafe { std::slice::from_raw_parts_mut(self.start.as_ptr(), self.bytes) }
+    }
+}
+
+impl Buffer {
+    /// Calls `work` with the number, counted from 0, and the bytes of each of these blocks, on all threads.
+    ///
+    /// # Panics
+    /// The buffer has not so many blocks.
+    pub fn for_each_block(
+        &mut self,
+        pool: &Pool,
+        block_bytes: usize,
+        blocks: Range<usize>,
+        work: impl Fn(usize, &mut [u8]) + Sync,
+    ) {
+        let all = self.as_mut_slice().chunks_exact_mut(block_bytes.max(1));
+        let these: Vec<_> = all
+            .skip(blocks.start)
+            .take(blocks.len())
+            .map(Mutex::new)
+            .collect();
+        assert_eq!(these.len(), blocks.len(), "blocks that are not there");
+        pool.run(these.len(), &|index| {
+            let mut block = these[index].lock().unwrap_or_else(PoisonError::into_inner);
+            work(index, &mut block);
+        });
     }
 }
 

@@ -5,7 +5,6 @@ use crate::arch::LANES;
 use crate::memory::Buffer;
 use crate::pool::Pool;
 use crate::quantized::FloatType;
-use std::sync::{Mutex, PoisonError};
 
 /// Shape and dtype of a weight of floats.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -71,19 +70,14 @@ impl Plain {
         let row_bytes = shape.row_bytes();
         let count = rows.len() / row_bytes.max(1);
         assert!(count.is_multiple_of(LANES) || first * LANES + count == shape.outputs);
-        let blocks = self
-            .buffer
-            .as_mut_slice()
-            .chunks_exact_mut(shape.block_bytes().max(1));
-        let blocks = blocks.skip(first).take(count.div_ceil(LANES));
-        let blocks: Vec<_> = blocks.map(Mutex::new).collect();
-        assert_eq!(blocks.len(), count.div_ceil(LANES));
-        pool.run(blocks.len(), &|index| {
-            let of_block =
-                index * LANES * row_bytes..rows.len().min((index + 1) * LANES * row_bytes);
-            let mut block = blocks[index].lock().unwrap_or_else(PoisonError::into_inner);
-            pack_plain_block(&shape, &rows[of_block], &mut block);
-        });
+        let blocks = first..first + count.div_ceil(LANES);
+        let block_bytes = shape.block_bytes();
+        self.buffer
+            .for_each_block(pool, block_bytes, blocks, |index, block| {
+                let of_block = index * LANES..count.min((index + 1) * LANES);
+                let rows = &rows[of_block.start * row_bytes..of_block.end * row_bytes];
+                pack_plain_block(&shape, rows, block);
+            });
     }
 
     /// Row `row` as f32, `[inputs]`.

@@ -11,7 +11,6 @@ use crate::arch::{LANES, VECTOR_BYTES};
 use crate::memory::Buffer;
 use crate::pool::Pool;
 use half::{bf16, f16};
-use std::sync::{Mutex, PoisonError};
 
 /// Columns of a unit of codes.
 pub const UNIT_COLUMNS: usize = 32;
@@ -152,26 +151,19 @@ impl Quantized {
         let row_floats = shape.groups() * shape.scale_type.bytes();
         let count = rows.codes.len() / row_bytes.max(1);
         assert!(count.is_multiple_of(LANES) || first * LANES + count == shape.outputs);
-        let blocks = self
-            .buffer
-            .as_mut_slice()
-            .chunks_exact_mut(shape.block_bytes().max(1));
-        let blocks = blocks.skip(first).take(count.div_ceil(LANES));
-        let blocks: Vec<_> = blocks.map(Mutex::new).collect();
-        assert_eq!(blocks.len(), count.div_ceil(LANES));
-        pool.run(blocks.len(), &|index| {
-            let of_block = index * LANES..count.min((index + 1) * LANES);
-            let part = |bytes: &'_ [u8], of_row: usize| {
-                of_block.start * of_row..bytes.len().min(of_block.end * of_row)
-            };
-            let rows = PackedRows {
-                codes: &rows.codes[part(rows.codes, row_bytes)],
-                scales: &rows.scales[part(rows.scales, row_floats)],
-                biases: &rows.biases[part(rows.biases, row_floats)],
-            };
-            let mut block = blocks[index].lock().unwrap_or_else(PoisonError::into_inner);
-            pack_block(&shape, rows, &mut block);
-        });
+        let blocks = first..first + count.div_ceil(LANES);
+        let block_bytes = shape.block_bytes();
+        self.buffer
+            .for_each_block(pool, block_bytes, blocks, |index, block| {
+                let of_block = index * LANES..count.min((index + 1) * LANES);
+                let part = |bytes: usize| of_block.start * bytes..of_block.end * bytes;
+                let rows = PackedRows {
+                    codes: &rows.codes[part(row_bytes)],
+                    scales: &rows.scales[part(row_floats)],
+                    biases: &rows.biases[part(row_floats)],
+                };
+                pack_block(&shape, rows, block);
+            });
     }
 
     /// Row `row` as floats, `[inputs]`.
