@@ -318,7 +318,10 @@ mod tests {
         for damaged in [
             String::new(),
             good[..good.len() / 2].to_owned(),
-            good.replace("\"schema\": 1", "\"schema\": 2"),
+            good.replace(
+                &format!("\"schema\": {SCHEMA}"),
+                &format!("\"schema\": {}", SCHEMA + 1),
+            ),
             good.replace("\"tokens\": 1", "\"tokens\": 2"),
             good.replace("\"bytes_per_s\": 1", "\"bytes_per_s\": 0"),
             good.replace("\"ns\": 100", "\"ns\": 0"),
