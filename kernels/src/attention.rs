@@ -1,153 +1,22 @@
 //! Causal attention with grouped queries over a cache of keys and values.
 //!
-//! The cache is cut into blocks of 64 positions that begin at multiples of 64. In it sixteen positions of a key's
-//! column are one vector, and sixteen columns of a position's value, in the order in which they are read. A query goes over the blocks in order
-//! and keeps the largest score, the sum and the weighted values so far (the online softmax), so its result
-//! depends on its position and what lies before, not on the queries it is computed with.
+//! A query goes over the blocks of the cache in order and keeps the largest score, the sum and the weighted
+//! values so far (the online softmax), so its result depends on its position and what lies before, not on the
+//! queries it is computed with.
 
 use crate::arch::{Kernel, LANES, Simd};
 use crate::isa::Isa;
+use crate::kv_cache::{BLOCK_TOKENS, HeadShape, KvCache};
 use crate::math::{exp, load_part, store_part};
 use crate::pool::Pool;
 use crate::rows::{Norm, normalise};
-
-/// Positions of a block.
-pub const BLOCK_TOKENS: usize = 64;
+use crate::step::{Rotation, Span, Step};
 
 /// Rows of scores, one for each query and head, that a thread works on at a time.
 const ROWS: usize = 32;
 
 /// What no score reaches: its exponential is 0.
 const HIDDEN: f32 = -3.0e38;
-
-/// Sizes of attention.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct HeadShape {
-    /// Heads of the queries, a multiple of those of keys and values.
-    pub head_count: usize,
-    /// Heads of keys and values.
-    pub kv_head_count: usize,
-    /// Width of a head, even.
-    pub head_dim: usize,
-}
-
-impl HeadShape {
-    /// Columns of the projections to queries, keys and values beside one another.
-    pub fn qkv_width(&self) -> usize {
-        (self.head_count + 2 * self.kv_head_count) * self.head_dim
-    }
-
-    /// Columns of what attention gives.
-    pub fn width(&self) -> usize {
-        self.head_count * self.head_dim
-    }
-
-    /// Width of a head's values in the cache: whole vectors.
-    fn padded(&self) -> usize {
-        self.head_dim.next_multiple_of(LANES)
-    }
-
-    /// Floats of a block's keys, `[kv_heads, 4, head_dim, 16 positions]`.
-    fn keys_len(&self) -> usize {
-        self.kv_head_count * self.head_dim * BLOCK_TOKENS
-    }
-
-    /// Floats of a block: its keys, then its values, `[kv_heads, padded / 16, 64, 16 columns]`.
-    fn block_len(&self) -> usize {
-        self.keys_len() + self.kv_head_count * BLOCK_TOKENS * self.padded()
-    }
-}
-
-/// Keys and values of one sequence in one layer.
-#[derive(Debug)]
-pub struct KvCache {
-    shape: HeadShape,
-    blocks: Vec<Box<[f32]>>,
-    length: usize,
-}
-
-impl KvCache {
-    /// An empty cache.
-    pub fn new(shape: HeadShape) -> Self {
-        Self {
-            shape,
-            blocks: Vec::new(),
-            length: 0,
-        }
-    }
-
-    /// Tokens held.
-    pub fn length(&self) -> usize {
-        self.length
-    }
-
-    /// Holds `length` tokens from now on: those beyond are forgotten, or zeros where there were none.
-    pub fn resize(&mut self, length: usize) {
-        let blocks = length.div_ceil(BLOCK_TOKENS);
-        if self.blocks.len() < blocks {
-            let block_len = self.shape.block_len();
-            let block = || vec![0f32; block_len].into_boxed_slice();
-            self.blocks.resize_with(blocks, block);
-        }
-        self.length = length;
-    }
-}
-
-/// The rows of a step that belong to one sequence, and where they stand in it.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Span {
-    /// First row of the step's rows.
-    pub row: usize,
-    /// Rows.
-    pub count: usize,
-    /// Position of the first row in its sequence.
-    pub start: usize,
-}
-
-/// Cosines and sines of a step's positions.
-#[derive(Debug, Default)]
-pub struct Rotation {
-    /// Pairs of a head.
-    pairs: usize,
-    /// `[tokens, pairs]`
-    cosines: Vec<f32>,
-    /// `[tokens, pairs]`
-    sines: Vec<f32>,
-}
-
-impl Rotation {
-    /// Angle of pair `i` of a token at position `p`: `p * frequencies[i]`, in radians.
-    pub fn new(frequencies: &[f64], spans: &[Span]) -> Self {
-        let positions = spans
-            .iter()
-            .flat_map(|span| span.start..span.start + span.count);
-        let angles = positions.flat_map(|position| {
-            frequencies
-                .iter()
-                .map(move |frequency| position as f64 * frequency)
-        });
-        let (sines, cosines) = angles
-            .map(|angle| {
-                let (sine, cosine) = angle.sin_cos();
-                (sine as f32, cosine as f32)
-            })
-            .unzip();
-        Self {
-            pairs: frequencies.len(),
-            cosines,
-            sines,
-        }
-    }
-}
-
-/// What a step asks of attention in every layer.
-#[derive(Debug)]
-pub struct Step {
-    /// Each sequence's rows, in the order of the rows.
-    pub spans: Vec<Span>,
-    /// Of all rows.
-    pub rotation: Rotation,
-}
 
 /// One layer's attention.
 #[derive(Debug)]
@@ -188,7 +57,7 @@ pub fn attend(
     for (span, cache) in step.spans.iter().zip(caches) {
         assert_eq!(
             (span.row, span.start),
-            (row, cache.length),
+            (row, cache.length()),
             "a span out of place"
         );
         assert_eq!(cache.shape, shape);

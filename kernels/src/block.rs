@@ -22,7 +22,7 @@ const AHEAD_BYTES: usize = 4096;
 /// Block `block` of a weight times `count` rows from `first` on: `sums` is `[count, 16]`.
 ///
 /// # Safety
-/// The processor has `S`; the rows are prepared for the weight; `count` is at most [`CHUNK`].
+/// The processor has `S`; the rows are prepared for the weight; `sums` has room for `count` rows.
 #[inline(always)]
 pub unsafe fn block_times_rows<S: Simd>(
     linear: &Linear,

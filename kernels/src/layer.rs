@@ -1,11 +1,13 @@
 //! A transformer layer, in the order of the mathematics:
 //! `h = x + o_proj(attention(norm(x)))`, `y = h + down_proj(silu(gate_proj(n)) * up_proj(n))` with `n = norm(h)`.
 
-use crate::attention::{Attention, KvCache, Step, attend};
+use crate::attention::{Attention, attend};
 use crate::isa::Isa;
+use crate::kv_cache::KvCache;
 use crate::linear::{Linear, multiply, multiply_gated, wanted};
 use crate::pool::Pool;
-use crate::rows::{Norm, Rows, Wanted};
+use crate::rows::{Norm, Rows};
+use crate::step::Step;
 
 /// The weights of a layer.
 #[derive(Debug)]
@@ -107,7 +109,6 @@ fn project(
     residual: &[f32],
     y: &mut [f32],
 ) {
-    let wanted: Wanted = wanted([linear]);
-    rows.prepare(machine, x, linear.inputs(), None, &wanted);
+    rows.prepare(machine, x, linear.inputs(), None, &wanted([linear]));
     multiply(machine, &[linear], rows, Some(residual), y);
 }

@@ -14,11 +14,11 @@
 #![deny(missing_docs)]
 #![deny(unsafe_op_in_unsafe_fn)]
 
-#[allow(missing_docs)] // for tests and benches; the operations are said once, in `Simd`
 mod arch;
 mod attention;
 mod block;
 mod isa;
+mod kv_cache;
 mod layer;
 mod linear;
 mod math;
@@ -29,16 +29,19 @@ mod pool;
 pub mod primitive;
 mod quantized;
 mod rows;
+mod step;
 mod unpack;
 
 #[cfg(test)]
 mod tests;
 
-pub use attention::{Attention, BLOCK_TOKENS, HeadShape, KvCache, Rotation, Span, Step, attend};
+pub use attention::{Attention, attend};
 pub use isa::{Isa, VARIABLE};
+pub use kv_cache::{HeadShape, KvCache};
 pub use layer::{Layer, Scratch};
 pub use linear::{Linear, Weight, multiply, multiply_gated, wanted};
 pub use plain::{Plain, PlainShape};
 pub use pool::Pool;
 pub use quantized::{FloatType, PackedRows, Quantized, QuantizedShape};
 pub use rows::{Norm, Rows, Wanted};
+pub use step::{Rotation, Span, Step};

@@ -12,6 +12,7 @@ use crate::calibrate::{self, Link};
 use crate::cli::{self, RunOptions};
 use crate::cluster::{self, ClusterFile, DeviceProfile};
 use crate::commands;
+use crate::cores;
 use crate::hub::{self, Found};
 use crate::meeting;
 use crate::model::ModelFiles;
@@ -185,6 +186,8 @@ fn with_network_hint(failure: Failure) -> Failure {
 /// What this rank knows, and the model that it found.
 fn facts(options: &RunOptions, model: Option<&str>) -> (Facts, Option<ModelFiles>) {
     let told = |error: anyhow::Error| format!("{error:#}");
+    // As a run does before it counts cores.
+    cores::undo_default_binding();
     let chosen = stage::use_device(options.model.device.into());
     let device = chosen.and_then(|()| stage::device_kind());
     let opened = open(model);

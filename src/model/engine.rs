@@ -3,11 +3,11 @@
 //! A stage asks for the same things of both, in the order of the mathematics, and knows no more of them.
 
 use super::architecture::{Architecture, LayerSpec, LinearSpec};
-use super::layer::Span;
 use super::mlx::MlxEngine;
 use super::own::{Machine, OwnEngine};
 use super::weights::Weights;
 use anyhow::Result;
+use mlx_pipe_kernels::Span;
 use mlx_rs::Array;
 use std::fmt::Debug;
 use std::sync::Arc;

@@ -10,21 +10,11 @@ use super::linear::{Linear, RmsNorm};
 use super::rope::Rope;
 use super::weights::Weights;
 use anyhow::Result;
+use mlx_pipe_kernels::Span;
 use mlx_rs::fast::{ScaledDotProductAttentionMask, scaled_dot_product_attention};
 use mlx_rs::ops::indexing::TryIndexOp;
 use mlx_rs::ops::{concatenate, sigmoid};
 use mlx_rs::{Array, Device, DeviceType};
-
-/// The rows of a step that belong to one sequence, and where they stand in it.
-#[derive(Debug, Clone, Copy)]
-pub struct Span {
-    /// First row of the step's array.
-    pub row: usize,
-    /// Rows.
-    pub count: usize,
-    /// Position of the first row in its sequence.
-    pub start: usize,
-}
 
 /// The weights of one layer.
 #[derive(Debug)]

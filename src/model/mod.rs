@@ -34,7 +34,7 @@ pub use fields::{ConfigError, Fields};
 pub use files::{ModelFiles, ModelTexts, Outline};
 pub use generation::end_of_sequence_ids;
 pub use inventory::Inventory;
-pub use layer::Span;
+pub use mlx_pipe_kernels::Span;
 pub use own::Machine;
 pub use quantization::{Affine, Quantization};
 pub use weights::Weights;

@@ -160,12 +160,7 @@ impl Engine for OwnEngine {
 
     fn forward(&mut self, mut x: Array, parts: &[Part]) -> Result<Array> {
         let caches = self.caches_of(parts)?;
-        let span = |part: &Part| Span {
-            row: part.span.row,
-            count: part.span.count,
-            start: part.span.start,
-        };
-        let spans: Vec<Span> = parts.iter().map(span).collect();
+        let spans: Vec<Span> = parts.iter().map(|part| part.span).collect();
         let step = Arc::new(Step {
             rotation: Rotation::new(&self.frequencies, &spans),
             spans,
@@ -331,7 +326,7 @@ impl Loader<'_, '_, '_> {
         let (biases, bias_dtype) = self.weights.take_bytes(biases)?;
         ensure!(
             scale_dtype == bias_dtype,
-            "the scales of {} are {scale_dtype}, its biases {bias_dtype}; expected the same dtype",
+            "the scales of {} are {scale_dtype}, its biases {bias_dtype}; expected the same dtype (or --kernels mlx)",
             spec.name
         );
         let shape = QuantizedShape {

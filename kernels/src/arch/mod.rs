@@ -31,7 +31,6 @@ pub const LARGEST_QUANTUM: f32 = 32512.0;
 /// # Safety
 /// Whoever calls a function promises that the processor has the instruction set, and that pointers are good for
 /// what is read (`VECTOR_BYTES`, or half of them for 16-bit floats, at any alignment) or written.
-#[allow(clippy::missing_safety_doc)] // said once, above
 pub unsafe trait Simd: Copy + Send + Sync + 'static {
     /// Sixteen f32.
     type F: Copy;
