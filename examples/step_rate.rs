@@ -106,8 +106,8 @@ impl Rig {
         };
         let step = Step {
             number: self.number,
-            release: Vec::new(),
             entries: tokens.into_iter().enumerate().map(entry).collect(),
+            ..Step::default()
         };
         self.number += 1;
         match self.stage.run(&step, &[])? {

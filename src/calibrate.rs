@@ -340,13 +340,13 @@ impl Probe {
     fn step(self) -> Step {
         Step {
             number: 0,
-            release: Vec::new(),
             entries: vec![Entry {
                 slot: SLOT,
                 start: self.start as u32,
                 tokens: vec![0; self.tokens],
                 sample: Some(SampleParams::GREEDY),
             }],
+            ..Step::default()
         }
     }
 }

@@ -83,7 +83,8 @@ pub struct ModelOptions {
     )]
     pub kernels: KernelName,
 
-    /// Threads of each rank's own kernels [default: the host's cores, for ranks take turns]
+    /// Threads of each rank's own kernels [default: the host's cores while one step is on its way, shared
+    /// between its ranks while several are]
     #[arg(long, value_name = "N", value_parser = parse_threads)]
     pub threads: Option<usize>,
 
@@ -101,6 +102,11 @@ pub struct ModelOptions {
     /// Tokens that a sequence may hold, prompt and answer [default: 4096, or the model's if less]
     #[arg(long, value_name = "TOKENS", value_parser = clap::value_parser!(u64).range(2..=1 << 24))]
     pub context: Option<u64>,
+
+    /// Most sequences answered at a time [default: as many as go into the steps in flight and into
+    /// the memory planned for their caches: that of 8 of full length, or as many as fit]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..=65_536))]
+    pub max_sequences: Option<u64>,
 
     /// Most memory that a rank may use for weights and cache, such as 12GB or 900MB [default: 80 %
     /// of the host's, shared by its ranks]
@@ -123,6 +129,7 @@ impl ModelOptions {
             ("--kernels", format!("{:?}", self.kernels).to_lowercase()),
             ("--tied", format!("{:?}", self.tied).to_lowercase()),
             ("--context", stated(self.context)),
+            ("--max-sequences", stated(self.max_sequences)),
             ("--memory-limit", stated(self.memory_limit)),
         ];
         options
@@ -213,10 +220,25 @@ pub struct RunOptions {
     #[arg(short, long, action = clap::ArgAction::Count, help_heading = "Input and output")]
     pub verbose: u8,
 
-    /// Most prompt tokens in one step
-    #[arg(long, value_name = "TOKENS", default_value_t = 512, help_heading = "Pipeline",
+    /// Most sequences that decode in one step
+    #[arg(long, value_name = "N", default_value_t = 16, help_heading = "Pipeline",
+          value_parser = clap::value_parser!(u32).range(1..=4096))]
+    pub max_batch: u32,
+
+    /// Most steps on their way at once [default: one more than there are ranks]
+    #[arg(long, value_name = "N", help_heading = "Pipeline",
+          value_parser = clap::value_parser!(u32).range(1..=1024))]
+    pub steps_in_flight: Option<u32>,
+
+    /// Most tokens of prompts in one step [default: what the plan predicts to be fastest; without known
+    /// times 64 where a rank is a CPU, else 512]
+    #[arg(long, value_name = "TOKENS", help_heading = "Pipeline",
           value_parser = clap::value_parser!(u32).range(1..=65_536))]
-    pub prefill_chunk: u32,
+    pub prefill_chunk: Option<u32>,
+
+    /// Write what every rank did when to this file, for Perfetto or Chrome's about:tracing
+    #[arg(long, value_name = "FILE", help_heading = "Input and output")]
+    pub trace: Option<PathBuf>,
 
     /// Seconds without an answer to a step after which the run is given up
     #[arg(long, value_name = "SECONDS", default_value_t = 600, help_heading = "Pipeline",
@@ -225,14 +247,16 @@ pub struct RunOptions {
 }
 
 impl RunOptions {
-    /// What must be the same on all ranks: [`ModelOptions::plan_options`], whether to measure, and who gives weights to whom.
+    /// What must be the same on all ranks: [`ModelOptions::plan_options`], whether to measure and to trace, and who
+    /// gives weights to whom.
     pub fn shared_options(&self) -> Vec<(String, String)> {
         let source = self.weights_from;
         let source = source.map_or("not given".into(), |rank| rank.to_string());
-        let calibrate = if self.calibrate { "given" } else { "not given" };
+        let given = |is_given| if is_given { "given" } else { "not given" };
         let mut options = self.model.plan_options();
         options.push(("--weights-from".into(), source));
-        options.push(("--calibrate".into(), calibrate.into()));
+        options.push(("--calibrate".into(), given(self.calibrate).into()));
+        options.push(("--trace".into(), given(self.trace.is_some()).into()));
         options
     }
 

@@ -87,7 +87,9 @@ impl Introduction {
                 let text = ClusterFile::read_text(path).map_err(Usage::of)?;
                 cluster_file = Some((path.clone(), text));
             }
-            options.report.as_deref().map(try_report).transpose()?;
+            for (name, path) in [("--report", &options.report), ("--trace", &options.trace)] {
+                path.as_deref().map(|path| try_file(name, path)).transpose()?;
+            }
         }
         Ok(Self {
             version: version(),
@@ -103,11 +105,11 @@ impl Introduction {
     }
 }
 
-/// A report that cannot be written is better known before the run than after it.
-fn try_report(path: &Path) -> Result<()> {
+/// A file that cannot be written is better known before the run than after it.
+fn try_file(name: &str, path: &Path) -> Result<()> {
     std::fs::File::create(path)
         .map(|_| ())
-        .map_err(|error| Usage::of(anyhow!("--report {}: {error}", path.display())))
+        .map_err(|error| Usage::of(anyhow!("{name} {}: {error}", path.display())))
 }
 
 impl Cluster {

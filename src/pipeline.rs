@@ -1,16 +1,18 @@
 //! The loop. Rank 0 leads: it decides on steps and hands tokens out. Every rank executes steps: receive,
-//! compute, send on; the last samples and shares the tokens with all.
+//! compute, send on; the last samples and shares the tokens with all. Several steps are on their way at once, and
+//! every one is answered, also where it samples nothing: so rank 0 knows how many there are.
 //!
 //! What is computed is behind [`Compute`], how bytes travel behind [`Transport`], what is asked for
 //! behind [`Feed`]: the loop knows only the order of things.
 
 use crate::report::Counters;
 use crate::sampler::Sampler;
-use crate::schedule::Schedule;
+use crate::schedule::{Prompt, Schedule};
 use crate::stage::Output;
+use crate::trace::{Part, Recorder};
 use crate::transport::{Kind, Transport};
 use crate::wait::{self, Patience};
-use crate::wire::{self, Entry, Frame, SampleParams, Sampled, SampledToken, Step};
+use crate::wire::{self, AnswerShape, Frame, Load, Sampled, SampledToken, Step};
 use anyhow::{Context, Result, bail};
 use std::collections::{HashMap, VecDeque};
 use std::time::{Duration, Instant};
@@ -53,17 +55,38 @@ impl Rows {
 
 /// What rank 0 is asked to generate, and where the tokens go.
 pub trait Feed {
-    /// The next sequence.
+    /// The next prompt; returns at once.
     fn next(&mut self) -> Result<Next>;
 
-    /// Takes the next token of the sequence in flight.
-    fn token(&mut self, token: SampledToken) -> Result<Then>;
+    /// Takes the next token of a sequence, by its [`Prompt::key`].
+    fn token(&mut self, key: u64, token: SampledToken) -> Result<Then>;
+
+    /// Whether somebody wants to see how busy the ranks are.
+    fn is_watched(&self) -> bool {
+        false
+    }
+
+    /// Is shown it, twice a second.
+    fn watch(&mut self, _seen: Seen) {}
+}
+
+/// What the pipeline is doing.
+#[derive(Debug, Clone, Default)]
+pub struct Seen {
+    /// Sequences that have begun and not ended.
+    pub sequences: usize,
+    /// Steps on their way.
+    pub steps: usize,
+    /// Time in which there was something to do, so far.
+    pub active: Duration,
+    /// What each rank has spent, so far.
+    pub loads: Vec<Load>,
 }
 
 /// Answer of [`Feed::next`].
 pub enum Next {
-    /// Token ids of a prompt, and how to sample.
-    Prompt(Vec<u32>, SampleParams),
+    /// A sequence to compute.
+    Prompt(Prompt),
     /// Nothing now, but there may be more.
     NotYet,
     /// There will be no more.
@@ -86,26 +109,27 @@ pub struct Worker<T, C> {
     pub compute: C,
     /// Time and bytes spent.
     pub counters: Counters,
+    /// What was done when, where a trace is wanted.
+    pub trace: Option<Recorder>,
     rows: Rows,
     sampler: Sampler,
 }
 
-/// A step of rank 0 that waits for its rows, or for the steps before it.
-struct Launch {
-    step: Step,
-    /// `None` while they are on their way.
-    rows: Option<Vec<u8>>,
-}
+/// How often a step brings back how busy the ranks are.
+const WATCH_EVERY: Duration = Duration::from_millis(500);
 
 /// What rank 0 has under way.
-#[derive(Default)]
 struct Leading {
-    /// Steps not yet computed here, in order.
-    launches: VecDeque<Launch>,
     /// Steps whose tokens are not yet back, in order.
     unanswered: VecDeque<Step>,
-    /// By slot, the row of the token sampled last, where rows come from the last rank.
-    known_rows: HashMap<u32, Vec<u8>>,
+    /// Whether there will be no more prompts.
+    is_done: bool,
+    /// Rows asked for: slots and numbers of tokens, in order.
+    questions: VecDeque<(u32, usize)>,
+    /// By slot, the rows of the tokens to be computed next, where rows come from the last rank.
+    rows: HashMap<u32, VecDeque<u8>>,
+    watched: Instant,
+    patience: Patience,
 }
 
 impl<T: Transport, C: Compute> Worker<T, C> {
@@ -115,6 +139,7 @@ impl<T: Transport, C: Compute> Worker<T, C> {
             transport,
             compute,
             counters: Counters::default(),
+            trace: None,
             rows,
             sampler: Sampler::default(),
         }
@@ -128,106 +153,175 @@ impl<T: Transport, C: Compute> Worker<T, C> {
         feed: &mut impl Feed,
         step_limit: Duration,
     ) -> Result<()> {
-        let mut leading = Leading::default();
-        let mut patience = Patience::new();
+        let mut leading = Leading {
+            unanswered: VecDeque::new(),
+            is_done: false,
+            questions: VecDeque::new(),
+            rows: HashMap::new(),
+            watched: Instant::now(),
+            patience: Patience::new(),
+        };
         loop {
-            if schedule.has_room() {
-                match feed.next()? {
-                    Next::Prompt(tokens, params) => schedule.admit(tokens, params),
-                    Next::NotYet => {}
-                    Next::Done => return self.end(),
-                }
+            let began = Instant::now();
+            let was_idle = schedule.is_idle();
+            let has_admitted = admit(schedule, feed, &mut leading)?;
+            if leading.is_done && schedule.is_idle() {
+                return self.end();
             }
-            while let Some(step) = schedule.next_step() {
-                self.prepare(step, &mut leading)?;
+            let has_rows = self.fetch_rows(schedule, &mut leading)?;
+            let has_launched = self.launch(schedule, feed, &mut leading)?;
+            let has_answers = self.take_answers(schedule, feed, &mut leading)?;
+            match has_admitted || has_rows || has_launched || has_answers {
+                true => leading.patience.reset(),
+                false => self.pause(schedule, &mut leading, step_limit)?,
             }
-            let has_launched = self.launch(&mut leading)?;
-            match self.transport.try_shared()? {
-                Some(bytes) => self.hand_out(&bytes, &mut leading, schedule, feed)?,
-                None if has_launched => {}
-                None => {
-                    self.wait_for_answer(&mut patience, &leading, step_limit)?;
-                    continue;
-                }
+            if !was_idle {
+                self.counters.active += began.elapsed();
             }
-            patience.reset();
         }
     }
 
-    /// Puts a step in line, and asks for its rows unless they are known or looked up here.
-    fn prepare(&mut self, step: Step, leading: &mut Leading) -> Result<()> {
-        let known = |entry: &Entry| match entry.tokens.len() {
-            1 => leading.known_rows.remove(&entry.slot),
-            _ => None,
-        };
-        let rows = match self.rows {
-            Rows::Local => Some(Vec::new()),
-            Rows::FromLast { .. } => step
-                .entries
-                .iter()
-                .map(known)
-                .collect::<Option<Vec<_>>>()
-                .map(|rows| rows.concat()),
-        };
-        if rows.is_none() {
-            let question = wire::encode(&Frame::Lookup(step.tokens()));
-            self.counters.sent_bytes += question.len() as u64;
-            self.transport.send(self.last(), Kind::Question, question)?;
+    /// Asks for the rows of prompts that are needed next, and takes those that have come; whether any have.
+    fn fetch_rows(&mut self, schedule: &mut Schedule, leading: &mut Leading) -> Result<bool> {
+        if self.rows == Rows::Local {
+            return Ok(false);
         }
-        leading.launches.push_back(Launch { step, rows });
-        Ok(())
-    }
-
-    /// Computes this rank's part of every step in line whose rows are there; whether there was any.
-    fn launch(&mut self, leading: &mut Leading) -> Result<bool> {
         let last = self.last();
-        let mut has_launched = false;
-        while let Some(next) = leading.launches.front_mut() {
-            if next.rows.is_none() {
-                next.rows = self.transport.try_receive(last, Kind::Answer)?;
-            }
-            let Some(rows) = next.rows.take() else {
-                break;
-            };
-            let Some(Launch { step, .. }) = leading.launches.pop_front() else {
-                break;
-            };
-            self.execute(&step, &rows)?;
-            if step.sampled().next().is_some() {
-                leading.unanswered.push_back(step);
-            }
-            has_launched = true;
+        for (slot, tokens) in schedule.wanted_rows() {
+            leading.questions.push_back((slot, tokens.len()));
+            let question = wire::encode(&Frame::Lookup(tokens));
+            self.counters.sent_bytes += question.len() as u64;
+            self.transport.send(last, Kind::Question, question)?;
         }
-        Ok(has_launched)
+        let mut has_rows = false;
+        while !leading.questions.is_empty()
+            && let Some(rows) = self.transport.try_receive(last, Kind::Answer)?
+            && let Some((slot, count)) = leading.questions.pop_front()
+        {
+            if rows.len() != count * self.rows.shared_bytes() {
+                bail!(
+                    "the rows of {count} tokens came as {} bytes, expected {}",
+                    rows.len(),
+                    count * self.rows.shared_bytes()
+                );
+            }
+            leading.rows.entry(slot).or_default().extend(rows);
+            schedule.rows_came(slot, count);
+            has_rows = true;
+        }
+        Ok(has_rows)
     }
 
-    /// Gives the tokens of one step to the feed, and its decision to the schedule.
-    fn hand_out(
+    /// Computes this rank's part of the next step, if there should be one now; whether there was.
+    fn launch(
         &mut self,
-        bytes: &[u8],
+        schedule: &mut Schedule,
+        feed: &impl Feed,
+        leading: &mut Leading,
+    ) -> Result<bool> {
+        let Some(mut step) = schedule.next_step() else {
+            return Ok(false);
+        };
+        if feed.is_watched() && leading.watched.elapsed() > WATCH_EVERY {
+            leading.watched = Instant::now();
+            step.loads = Some(Vec::new());
+        }
+        let row_bytes = self.rows.shared_bytes();
+        let mut rows = Vec::with_capacity(step.row_count() * row_bytes);
+        if row_bytes > 0 {
+            for entry in &step.entries {
+                let known = leading.rows.entry(entry.slot).or_default();
+                rows.extend(known.drain(..entry.tokens.len() * row_bytes));
+            }
+        }
+        leading.unanswered.push_back(step.clone());
+        self.execute(step, &rows)?;
+        Ok(true)
+    }
+
+    /// Hands out the tokens of all steps that are answered; whether there were any.
+    fn take_answers(
+        &mut self,
+        schedule: &mut Schedule,
+        feed: &mut impl Feed,
+        leading: &mut Leading,
+    ) -> Result<bool> {
+        let mut has_answers = false;
+        while let Some(bytes) = self.transport.try_shared()? {
+            let began = Instant::now();
+            let step = leading
+                .unanswered
+                .pop_front()
+                .context("tokens came that no step asked for")?;
+            let sampled = Sampled::decode(&step, self.answer_shape(), &bytes)?;
+            schedule.answered();
+            self.hand_out(&step, sampled, leading, schedule, feed)?;
+            self.record(Part::HandOut, &step, began);
+            has_answers = true;
+        }
+        Ok(has_answers)
+    }
+
+    /// Gives the tokens of one step to the feed, and its decisions to the schedule.
+    fn hand_out(
+        &self,
+        step: &Step,
+        sampled: Sampled,
         leading: &mut Leading,
         schedule: &mut Schedule,
         feed: &mut impl Feed,
     ) -> Result<()> {
-        let step = leading
-            .unanswered
-            .pop_front()
-            .context("tokens came that no step asked for")?;
         let row_bytes = self.rows.shared_bytes();
-        let sampled = Sampled::decode(&step, row_bytes, bytes)?;
         for (index, ((entry, _), token)) in step.sampled().zip(sampled.tokens).enumerate() {
+            let key = schedule
+                .key(entry.slot)
+                .context("a token came for no sequence")?;
             let id = token.token;
-            match feed.token(token)? {
+            match feed.token(key, token)? {
                 Then::Continue => {
-                    let row = &sampled.rows[index * row_bytes..][..row_bytes];
                     if row_bytes > 0 {
-                        leading.known_rows.insert(entry.slot, row.to_vec());
+                        let row = &sampled.rows[index * row_bytes..][..row_bytes];
+                        leading.rows.entry(entry.slot).or_default().extend(row);
                     }
-                    schedule.continue_with(id);
+                    schedule.continue_with(entry.slot, id);
                 }
-                Then::Finished => schedule.finish(),
+                Then::Finished => {
+                    leading.rows.remove(&entry.slot);
+                    schedule.finish(entry.slot);
+                }
             }
         }
+        if step.loads.is_some() {
+            feed.watch(Seen {
+                sequences: schedule.sequences(),
+                steps: schedule.in_flight(),
+                active: self.counters.active,
+                loads: sampled.loads,
+            });
+        }
+        Ok(())
+    }
+
+    /// Lets time pass in which there is nothing to do.
+    fn pause(&mut self, schedule: &Schedule, leading: &mut Leading, limit: Duration) -> Result<()> {
+        let patience = &mut leading.patience;
+        if schedule.is_idle() {
+            return Ok(patience.pause()?);
+        }
+        if patience.elapsed() > limit {
+            let what = match leading.unanswered.front() {
+                Some(step) => format!("step {}", step.number),
+                None => "a question for the rows of a prompt".to_owned(),
+            };
+            bail!(
+                "{what} has had no answer for {:.0} s: a rank or its connection is stuck (raise \
+                 --step-timeout if the machines are that slow)",
+                patience.elapsed().as_secs_f64()
+            );
+        }
+        let waiting = Instant::now();
+        patience.pause_for_answer()?;
+        self.counters.wait += waiting.elapsed();
         Ok(())
     }
 
@@ -243,7 +337,7 @@ impl<T: Transport, C: Compute> Worker<T, C> {
             })?;
             self.counters.wait += waiting.elapsed();
             match wire::decode(&bytes).context("a frame from the previous rank")? {
-                (Frame::Step(step), payload) => self.execute(&step, payload)?,
+                (Frame::Step(step), payload) => self.execute(step, payload)?,
                 (Frame::End, _) => return self.end(),
                 (Frame::Lookup(_), _) => bail!("a lookup came down the pipeline"),
             }
@@ -269,37 +363,68 @@ impl<T: Transport, C: Compute> Worker<T, C> {
     }
 
     /// This rank's part of a step, and the message that follows from it.
-    fn execute(&mut self, step: &Step, payload: &[u8]) -> Result<()> {
+    fn execute(&mut self, mut step: Step, payload: &[u8]) -> Result<()> {
         wait::check_signals()?;
-        debug!(step = step.number, rows = step.row_count(), "step");
+        debug!(
+            step = step.number,
+            entries = step.entries.len(),
+            rows = step.row_count(),
+            "step"
+        );
         let started = Instant::now();
+        let compute = &mut self.compute;
         let output = self
-            .compute
-            .run(step, payload)
+            .transport
+            .overlap(|| compute.run(&step, payload))
             .with_context(|| format!("computing step {}", step.number))?;
-        let asks_for_tokens = step.sampled().next().is_some();
+        self.record(Part::Compute, &step, started);
         match output {
             Output::Hidden(rows) => {
                 self.counters.busy += started.elapsed();
+                self.add_load(&mut step);
+                let length = step.sampled_bytes(self.answer_shape());
+                let sending = Instant::now();
                 let mut frame = wire::encode(&Frame::Step(step.clone()));
                 frame.extend(rows);
                 self.send(frame)?;
-                if asks_for_tokens {
-                    let length = step.sampled_bytes(self.rows.shared_bytes());
-                    self.transport.expect_shared(length)?;
-                }
+                self.transport.expect_shared(length)?;
+                self.record(Part::Send, &step, sending);
             }
             Output::Logits(logits) => {
-                let sampled = self.sample(step, &logits)?;
+                let sampling = Instant::now();
+                let mut sampled = self.sample(&step, &logits)?;
+                self.record(Part::Sample, &step, sampling);
                 self.counters.busy += started.elapsed();
-                if asks_for_tokens {
-                    let bytes = sampled.encode();
-                    self.counters.sent_bytes += bytes.len() as u64;
-                    self.transport.share(bytes)?;
-                }
+                self.add_load(&mut step);
+                sampled.loads = step.loads.unwrap_or_default();
+                let bytes = sampled.encode();
+                self.counters.sent_bytes += bytes.len() as u64;
+                self.transport.share(bytes)?;
             }
         }
         Ok(())
+    }
+
+    /// Says how busy this rank is, if the step asks.
+    fn add_load(&self, step: &mut Step) {
+        if let Some(loads) = &mut step.loads {
+            loads.push(self.counters.load());
+        }
+    }
+
+    /// Notes what was done since `began`, if a trace is wanted.
+    fn record(&mut self, part: Part, step: &Step, began: Instant) {
+        if let Some(trace) = &mut self.trace {
+            trace.add(part, step, began);
+        }
+    }
+
+    /// What all answers have in common.
+    fn answer_shape(&self) -> AnswerShape {
+        AnswerShape {
+            row_bytes: self.rows.shared_bytes(),
+            ranks: self.transport.size(),
+        }
     }
 
     /// The tokens that answer a step, with their rows where the first rank will need them.
@@ -314,6 +439,7 @@ impl<T: Transport, C: Compute> Worker<T, C> {
             step: step.number,
             tokens,
             rows,
+            loads: Vec::new(),
         })
     }
 
@@ -338,30 +464,20 @@ impl<T: Transport, C: Compute> Worker<T, C> {
         }
         self.transport.flush()
     }
+}
 
-    fn wait_for_answer(
-        &mut self,
-        patience: &mut Patience,
-        leading: &Leading,
-        limit: Duration,
-    ) -> Result<()> {
-        let launch = leading.launches.front().map(|launch| &launch.step);
-        let Some(step) = leading.unanswered.front().or(launch) else {
-            return Ok(patience.pause()?);
-        };
-        if patience.elapsed() > limit {
-            bail!(
-                "step {} has had no answer for {:.0} s: a rank or its connection is stuck (raise \
-                 --step-timeout if the machines are that slow)",
-                step.number,
-                patience.elapsed().as_secs_f64()
-            );
+/// Brings prompts in as long as there is room for them; whether any came.
+fn admit(schedule: &mut Schedule, feed: &mut impl Feed, leading: &mut Leading) -> Result<bool> {
+    let mut has_admitted = false;
+    while !leading.is_done && schedule.has_room() {
+        match feed.next()? {
+            Next::Prompt(prompt) => schedule.admit(prompt),
+            Next::NotYet => break,
+            Next::Done => leading.is_done = true,
         }
-        let waiting = Instant::now();
-        patience.pause_for_answer()?;
-        self.counters.wait += waiting.elapsed();
-        Ok(())
+        has_admitted = true;
     }
+    Ok(has_admitted)
 }
 
 #[cfg(test)]

@@ -10,8 +10,8 @@ use crate::plan::{
 };
 use anyhow::{Result, anyhow};
 
-/// Sequences in flight.
-const SEQUENCES: u64 = 1;
+/// Sequences of full length that the caches are planned for where they fit and nothing else is asked for.
+const SEQUENCES: u64 = 8;
 /// Context where neither the user nor the model says less, tokens.
 const DEFAULT_CONTEXT_TOKENS: u64 = 4096;
 
@@ -60,7 +60,8 @@ pub struct Question<'a> {
 }
 
 impl Question<'_> {
-    /// The plan for all ranks. Times come from the calibration, else from what the cluster file states of
+    /// The plan for all ranks: cut for one sequence, since no cut should be slower for the sake of more; then its
+    /// caches take as many as fit, up to a few. Times come from the calibration, else from what the cluster file states of
     /// bandwidths, else they are relative.
     ///
     /// # Errors
@@ -68,11 +69,19 @@ impl Question<'_> {
     pub fn plan(&self) -> Result<Plan> {
         let all: Vec<usize> = (0..self.ranks.len()).collect();
         let context_tokens = self.context_tokens()?;
-        self.plan_with(&all, self.options.strategy(), context_tokens)
-            .map_err(|error| match error.is_usage() {
-                true => Usage::of(error),
-                false => error.into(),
-            })
+        let plan = self.plan_with(&all, self.options.strategy(), context_tokens);
+        let plan = plan.map_err(|error| match error.is_usage() {
+            true => Usage::of(error),
+            false => error.into(),
+        })?;
+        Ok(self.with_sequences(plan))
+    }
+
+    fn with_sequences(&self, plan: Plan) -> Plan {
+        let wanted = self.options.max_sequences.unwrap_or(SEQUENCES).min(SEQUENCES);
+        let shape = plan.shape_of(self.shape);
+        let capacity = plan.capacity(&shape, self.longest_context_tokens);
+        plan.with_sequences(wanted.min(capacity.sequences).max(1))
     }
 
     /// The plan for the ranks `kept` (ascending) if the others did not take part; layers given by hand are
@@ -85,7 +94,8 @@ impl Question<'_> {
             Strategy::Manual(_) if kept.len() < self.ranks.len() => Strategy::Balanced,
             strategy => strategy,
         };
-        Ok(self.plan_with(kept, strategy, self.context_tokens()?))
+        let plan = self.plan_with(kept, strategy, self.context_tokens()?);
+        Ok(plan.map(|plan| self.with_sequences(plan)))
     }
 
     fn plan_with(
@@ -107,7 +117,7 @@ impl Question<'_> {
             devices: &devices,
             strategy,
             context_tokens,
-            sequences: SEQUENCES,
+            sequences: 1,
             wire_dtype: self.wire_dtype,
             links: costs.and_then(|costs| costs.links.clone()),
             cost_source,

@@ -4,6 +4,8 @@
 //! launcher's own standard error can be looked up, that decides.
 
 use crate::log::tell;
+use crate::pipeline::Seen;
+use crate::wire::Load;
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle, TermLike};
 use std::io::{self, IsTerminal, Write};
 
@@ -11,6 +13,8 @@ use std::io::{self, IsTerminal, Write};
 pub struct Progress {
     bar: ProgressBar,
     answers: u64,
+    /// What was seen before.
+    seen: Seen,
 }
 
 impl Default for Progress {
@@ -32,10 +36,25 @@ impl Progress {
         };
         let bar = ProgressBar::with_draw_target(None, target);
         let style =
-            ProgressStyle::with_template("{prefix} answered, {pos} tokens, {per_sec}, {elapsed}");
+            ProgressStyle::with_template("{prefix} answered, {pos} tokens, {per_sec}{msg}");
         bar.set_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()));
         bar.set_prefix("0");
-        Self { bar, answers: 0 }
+        Self {
+            bar,
+            answers: 0,
+            seen: Seen::default(),
+        }
+    }
+
+    /// Whether somebody sees it.
+    pub fn is_shown(&self) -> bool {
+        !self.bar.is_hidden()
+    }
+
+    /// Shows how busy the ranks have been since the last time.
+    pub fn watch(&mut self, seen: Seen) {
+        self.bar.set_message(busy_text(&self.seen, &seen));
+        self.seen = seen;
     }
 
     /// One more token.
@@ -58,6 +77,39 @@ impl Progress {
     pub fn finish(&self) {
         self.bar.finish_and_clear();
     }
+}
+
+/// `; 16 in flight; busy 93 88 91 %, idle 9 %`: sequences, and each rank's share of the time since `before` that it
+/// computed. Of many ranks only the least busy is named, for the line must not wrap.
+fn busy_text(before: &Seen, now: &Seen) -> String {
+    let elapsed_us = (now.active - before.active).as_micros() as f64;
+    if elapsed_us == 0.0 {
+        return String::new();
+    }
+    let nothing = Load::default();
+    let share = |(rank, load): (usize, &Load)| {
+        let before = before.loads.get(rank).unwrap_or(&nothing);
+        let busy_us = load.busy_us.saturating_sub(before.busy_us) as f64;
+        (100.0 * busy_us / elapsed_us).min(100.0)
+    };
+    let shares: Vec<f64> = now.loads.iter().enumerate().map(share).collect();
+    let idle = 100.0 - shares.iter().sum::<f64>() / shares.len().max(1) as f64;
+    let busy = match shares.len() {
+        ..=6 => {
+            let shares = shares.iter().map(|share| format!("{share:.0}"));
+            shares.collect::<Vec<_>>().join(" ")
+        }
+        _ => {
+            let least = shares.iter().copied().enumerate();
+            let least = least.min_by(|a, b| a.1.total_cmp(&b.1));
+            let (rank, share) = least.unwrap_or((0, 0.0));
+            format!("at least {share:.0} (rank {rank})")
+        }
+    };
+    format!(
+        "; {} in flight; busy {busy} %, idle {idle:.0} %",
+        now.sequences
+    )
 }
 
 /// One of the standard streams, by its file descriptor.

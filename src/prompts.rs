@@ -1,7 +1,7 @@
 //! Standard input and output as a [`Feed`]: requests are read on a thread of their own, so that the loop
 //! can watch for signals meanwhile, and never further ahead than a bounded channel holds.
 
-use crate::pipeline::{Feed, Next, Then};
+use crate::pipeline::{Feed, Next, Seen, Then};
 use crate::plan::RequestTimes;
 use crate::progress::Progress;
 use crate::report::{Measured, RequestMeasured};
@@ -9,18 +9,20 @@ use crate::request::{
     AnswerWriter, FinishReason, LineError, ReadError, Rejection, RejectionCode, Request,
     RequestReader, Sampling, Written,
 };
+use crate::schedule::Prompt;
 use crate::sequence::{Admitted, Rules, Sequence};
 use crate::wire::SampledToken;
 use anyhow::{Context, Result, bail};
 use std::io::{self, BufRead, Write};
-use std::sync::mpsc::{self, Receiver, RecvTimeoutError};
-use std::time::{Duration, Instant};
+use std::collections::HashMap;
+use std::sync::mpsc::{self, Receiver, TryRecvError};
+use std::time::Instant;
 use tracing::info;
 
-/// Requests read ahead of the one being answered.
+/// Requests read ahead of those being answered.
 const READ_AHEAD: usize = 64;
-/// How long the loop looks for a request before it looks at everything else again.
-const LOOK: Duration = Duration::from_millis(20);
+/// Bytes of finished answers that may wait for one before them; then no new request is begun.
+const MOST_HELD_BYTES: usize = 64 << 20;
 
 /// Reads requests from `input` on a thread; the channel ends with the input.
 pub fn read_requests(
@@ -44,12 +46,13 @@ pub struct Prompts<'r, W: Write> {
     rules: &'r Rules,
     writer: AnswerWriter<W>,
     progress: Progress,
-    current: Option<Current<'r>>,
+    /// By the index of the request.
+    under_way: HashMap<u64, UnderWay<'r>>,
     measured: Measured,
 }
 
-/// The sequence in flight.
-struct Current<'r> {
+/// A sequence that is being computed.
+struct UnderWay<'r> {
     sequence: Sequence<'r>,
     admitted: Instant,
     first_token: Option<Instant>,
@@ -68,7 +71,7 @@ impl<'r, W: Write> Prompts<'r, W> {
             rules,
             writer,
             progress,
-            current: None,
+            under_way: HashMap::new(),
             measured: Measured::default(),
         }
     }
@@ -80,27 +83,35 @@ impl<'r, W: Write> Prompts<'r, W> {
     }
 
     /// Starts a request, or writes why it cannot be answered.
-    fn admit(&mut self, request: Request) -> Result<Option<Next>> {
-        let (line, max_tokens) = (request.line, request.sampling.max_tokens);
-        match Sequence::admit(request, self.rules) {
-            Ok(Admitted {
-                sequence,
-                prompt,
-                params,
-            }) => {
-                info!(line, prompt_tokens = prompt.len(), max_tokens, "prompt");
-                self.current = Some(Current {
-                    sequence,
-                    admitted: Instant::now(),
-                    first_token: None,
-                });
-                Ok(Some(Next::Prompt(prompt, params)))
-            }
+    fn admit(&mut self, request: Request) -> Result<Option<Prompt>> {
+        let (line, key) = (request.line, request.index as u64);
+        let admitted = match Sequence::admit(request, self.rules) {
+            Ok(admitted) => admitted,
             Err(error) => {
                 self.fail(*error)?;
-                Ok(None)
+                return Ok(None);
             }
-        }
+        };
+        let Admitted {
+            sequence,
+            prompt,
+            params,
+        } = admitted;
+        let max_tokens = sequence.remaining_tokens();
+        info!(line, prompt_tokens = prompt.len(), max_tokens, "prompt");
+        let under_way = UnderWay {
+            sequence,
+            admitted: Instant::now(),
+            first_token: None,
+        };
+        self.under_way.insert(key, under_way);
+        self.measured.under_way(self.under_way.len());
+        Ok(Some(Prompt {
+            key,
+            tokens: prompt,
+            max_tokens,
+            params,
+        }))
     }
 
     fn fail(&mut self, error: LineError) -> Result<()> {
@@ -111,15 +122,15 @@ impl<'r, W: Write> Prompts<'r, W> {
         Ok(())
     }
 
-    fn complete(&mut self, current: Current<'r>, reason: FinishReason) -> Result<()> {
-        let sequence = current.sequence;
+    fn complete(&mut self, done: UnderWay<'r>, reason: FinishReason) -> Result<()> {
+        let sequence = done.sequence;
         let last_token = Instant::now();
-        let first_token = current.first_token.unwrap_or(last_token);
-        self.measured.requests.push(RequestMeasured {
+        let first_token = done.first_token.unwrap_or(last_token);
+        self.measured.add(RequestMeasured {
             prompt_tokens: sequence.prompt_tokens(),
             sampled_tokens: sequence.sampled_tokens(),
             times: RequestTimes {
-                first_token_s: (first_token - current.admitted).as_secs_f64(),
+                first_token_s: (first_token - done.admitted).as_secs_f64(),
                 decode_s: (last_token - first_token).as_secs_f64(),
             },
         });
@@ -135,48 +146,56 @@ impl<'r, W: Write> Prompts<'r, W> {
 
 impl<W: Write> Feed for Prompts<'_, W> {
     fn next(&mut self) -> Result<Next> {
-        loop {
-            let request = match self.requests.recv_timeout(LOOK) {
-                Err(RecvTimeoutError::Timeout) => return Ok(Next::NotYet),
-                Err(RecvTimeoutError::Disconnected) => return Ok(Next::Done),
+        while self.writer.held_bytes() < MOST_HELD_BYTES {
+            let request = match self.requests.try_recv() {
+                Err(TryRecvError::Empty) => return Ok(Next::NotYet),
+                Err(TryRecvError::Disconnected) => return Ok(Next::Done),
                 Ok(request) => request,
             };
             match request {
                 Ok(request) => {
-                    if let Some(next) = self.admit(request)? {
-                        return Ok(next);
+                    if let Some(prompt) = self.admit(request)? {
+                        return Ok(Next::Prompt(prompt));
                     }
                 }
                 Err(ReadError::Line(error)) => self.fail(error)?,
                 Err(error @ ReadError::Io { .. }) => bail!(error),
             }
         }
+        Ok(Next::NotYet)
     }
 
-    fn token(&mut self, token: SampledToken) -> Result<Then> {
-        let mut current = self
-            .current
-            .take()
-            .context("a token came for no sequence")?;
-        current.first_token.get_or_insert_with(Instant::now);
+    fn token(&mut self, key: u64, token: SampledToken) -> Result<Then> {
+        let under_way = self.under_way.get_mut(&key);
+        let under_way = under_way.context("a token came for no request")?;
+        under_way.first_token.get_or_insert_with(Instant::now);
         self.progress.token();
-        match current.sequence.accept(&token) {
+        let sequence = &mut under_way.sequence;
+        let end = match sequence.accept(&token) {
             Ok(None) => {
-                let request = current.sequence.request();
+                let request = sequence.request();
                 self.writer
-                    .progress(request.index, &request.form, current.sequence.text())?;
-                self.current = Some(current);
-                Ok(Then::Continue)
+                    .progress(request.index, &request.form, sequence.text())?;
+                return Ok(Then::Continue);
             }
-            Ok(Some(reason)) => {
-                self.complete(current, reason)?;
-                Ok(Then::Finished)
-            }
-            Err(error) => {
-                self.fail(undecodable(current.sequence.request(), &error))?;
-                Ok(Then::Finished)
-            }
+            Ok(Some(reason)) => Ok(reason),
+            Err(error) => Err(undecodable(sequence.request(), &error)),
+        };
+        let done = self.under_way.remove(&key);
+        match (end, done) {
+            (Ok(reason), Some(done)) => self.complete(done, reason)?,
+            (Ok(_), None) => {}
+            (Err(error), _) => self.fail(error)?,
         }
+        Ok(Then::Finished)
+    }
+
+    fn is_watched(&self) -> bool {
+        self.progress.is_shown()
+    }
+
+    fn watch(&mut self, seen: Seen) {
+        self.progress.watch(seen);
     }
 }
 

@@ -2,6 +2,7 @@
 
 use crate::plan::{Plan, RequestTimes, Stage};
 use crate::request::Written;
+use crate::wire::Load;
 use serde::{Deserialize, Serialize};
 use serde_json::json;
 use std::time::Duration;
@@ -19,8 +20,22 @@ pub struct Counters {
     pub wait: Duration,
     /// Handing messages to MPI.
     pub wire: Duration,
+    /// On rank 0: time in which there was a sequence to work on.
+    pub active: Duration,
     /// Bytes handed to MPI.
     pub sent_bytes: u64,
+}
+
+impl Counters {
+    /// What the time so far was spent on.
+    pub fn load(&self) -> Load {
+        let us = |time: Duration| time.as_micros() as u64;
+        Load {
+            busy_us: us(self.busy),
+            wait_us: us(self.wait),
+            wire_us: us(self.wire),
+        }
+    }
 }
 
 /// What a rank knows about itself at the end of a run.
@@ -70,36 +85,67 @@ pub struct RequestMeasured {
     pub times: RequestTimes,
 }
 
+/// Requests of which each is remembered, for the median and the prediction; of later ones only the sums are.
+const MOST_KEPT: usize = 10_000;
+
 /// What rank 0 measured over all answered requests.
 #[derive(Debug, Clone, Default)]
 pub struct Measured {
-    /// In the order of their answers.
-    pub requests: Vec<RequestMeasured>,
+    /// The first ones, in the order of their answers.
+    kept: Vec<RequestMeasured>,
+    requests: usize,
+    prompt_tokens: usize,
+    sampled_tokens: usize,
+    first_token_s: f64,
+    decode_s: f64,
+    /// Most requests that were under way at a time.
+    most_at_once: usize,
 }
 
 impl Measured {
-    fn prompt_tokens(&self) -> usize {
-        self.requests.iter().map(|one| one.prompt_tokens).sum()
+    /// One more request is answered.
+    pub fn add(&mut self, request: RequestMeasured) {
+        self.requests += 1;
+        self.prompt_tokens += request.prompt_tokens;
+        self.sampled_tokens += request.sampled_tokens;
+        self.first_token_s += request.times.first_token_s;
+        self.decode_s += request.times.decode_s;
+        if self.kept.len() < MOST_KEPT {
+            self.kept.push(request);
+        }
     }
 
-    fn sampled_tokens(&self) -> usize {
-        self.requests.iter().map(|one| one.sampled_tokens).sum()
+    /// So many requests are under way now.
+    pub fn under_way(&mut self, count: usize) {
+        self.most_at_once = self.most_at_once.max(count);
     }
 
     fn pace(&self) -> Pace {
-        Pace::of(self, self.requests.iter().map(|one| one.times))
+        let later = self.sampled_tokens.saturating_sub(self.requests);
+        Pace {
+            time_to_first_token_s: median(self.kept.iter().map(|one| one.times.first_token_s)),
+            prefill_tokens_per_s: ratio(self.prompt_tokens as f64, self.first_token_s),
+            decode_tokens_per_s: ratio(later as f64, self.decode_s),
+        }
     }
 
-    /// What the plan predicts for these requests; `None` where it knows no costs.
+    /// What the plan predicts for these requests; `None` where it knows no costs, or some were answered at the
+    /// same time: it predicts one after the other.
     fn predicted(&self, plan: &Plan, prefill_chunk: u64) -> Option<Pace> {
+        if self.most_at_once > 1 || self.kept.len() < self.requests {
+            return None;
+        }
         let tokens = |one: &RequestMeasured| (one.prompt_tokens as u64, one.sampled_tokens as u64);
-        let requests: Vec<(u64, u64)> = self.requests.iter().map(tokens).collect();
-        let times = plan.predict_run(&requests, prefill_chunk)?;
-        Some(Pace::of(self, times.into_iter()))
+        let requests: Vec<(u64, u64)> = self.kept.iter().map(tokens).collect();
+        let mut predicted = Self::default();
+        for (one, times) in self.kept.iter().zip(plan.predict_run(&requests, prefill_chunk)?) {
+            predicted.add(RequestMeasured { times, ..*one });
+        }
+        Some(predicted.pace())
     }
 }
 
-/// How fast requests were answered, or were predicted to be.
+/// How fast requests were answered, or were predicted to be, as each of them sees it.
 #[derive(Debug, Clone, Copy)]
 struct Pace {
     /// Median seconds to the first token; 0 without requests.
@@ -107,25 +153,12 @@ struct Pace {
     prefill_tokens_per_s: f64,
     /// Tokens after the first of each request, over the time that they took.
     decode_tokens_per_s: f64,
-    /// Seconds in which there was a sequence to work on: one at a time.
-    active_s: f64,
 }
 
-impl Pace {
-    fn of(measured: &Measured, times: impl Iterator<Item = RequestTimes>) -> Self {
-        let times: Vec<RequestTimes> = times.collect();
-        let mut sorted: Vec<f64> = times.iter().map(|one| one.first_token_s).collect();
-        sorted.sort_by(f64::total_cmp);
-        let prefill_s: f64 = sorted.iter().sum();
-        let decode_s: f64 = times.iter().map(|one| one.decode_s).sum();
-        let later = measured.sampled_tokens().saturating_sub(times.len());
-        Self {
-            time_to_first_token_s: sorted.get(sorted.len() / 2).copied().unwrap_or(0.0),
-            prefill_tokens_per_s: ratio(measured.prompt_tokens() as f64, prefill_s),
-            decode_tokens_per_s: ratio(later as f64, decode_s),
-            active_s: prefill_s + decode_s,
-        }
-    }
+fn median(values: impl Iterator<Item = f64>) -> f64 {
+    let mut sorted: Vec<f64> = values.collect();
+    sorted.sort_by(f64::total_cmp);
+    sorted.get(sorted.len() / 2).copied().unwrap_or(0.0)
 }
 
 /// A whole run.
@@ -137,6 +170,8 @@ pub struct Report<'a> {
     pub ranks: Vec<RankReport>,
     /// What rank 0 measured.
     pub measured: Measured,
+    /// Seconds in which there was a sequence to work on.
+    pub active_s: f64,
     /// What was written.
     pub written: Written,
     /// Most prompt tokens in one step, for the prediction.
@@ -147,12 +182,17 @@ impl Report<'_> {
     /// Share of all ranks' time in which they did not compute, while there was something to do.
     fn idle_share(&self) -> f64 {
         let busy: f64 = self.ranks.iter().map(|rank| rank.busy_s).sum();
-        let whole = self.measured.pace().active_s * self.ranks.len() as f64;
+        let whole = self.active_s * self.ranks.len() as f64;
         if whole == 0.0 {
             0.0
         } else {
             (1.0 - busy / whole).max(0.0)
         }
+    }
+
+    /// Tokens of all sequences together.
+    fn tokens_per_s(&self) -> f64 {
+        ratio(self.measured.sampled_tokens as f64, self.active_s)
     }
 
     fn loaded_bytes(&self) -> u64 {
@@ -205,9 +245,12 @@ impl Report<'_> {
             "digest": self.written.digest,
             "answered": self.written.tally.answered,
             "failed": self.written.tally.failed,
-            "prompt_tokens": self.measured.prompt_tokens(),
-            "sampled_tokens": self.measured.sampled_tokens(),
+            "prompt_tokens": self.measured.prompt_tokens,
+            "sampled_tokens": self.measured.sampled_tokens,
+            "most_at_once": self.measured.most_at_once,
             "load_s": self.load_s(),
+            "active_s": self.active_s,
+            "tokens_per_s": self.tokens_per_s(),
             "time_to_first_token_s": pace.time_to_first_token_s,
             "prefill_tokens_per_s": pace.prefill_tokens_per_s,
             "decode_tokens_per_s": pace.decode_tokens_per_s,
@@ -251,9 +294,13 @@ impl Report<'_> {
         })
     }
 
+    /// Of one stream, if that is what was run.
     fn predicted_idle_share(&self) -> Option<f64> {
-        let requests = self.measured.requests.len().max(1);
-        let prompt_tokens = (self.measured.prompt_tokens() / requests) as u64;
+        if self.measured.most_at_once > 1 {
+            return None;
+        }
+        let requests = self.measured.requests.max(1);
+        let prompt_tokens = (self.measured.prompt_tokens / requests) as u64;
         let predicted = self.plan.predict(prompt_tokens, self.prefill_chunk)?;
         Some(predicted.idle_share_one)
     }
@@ -282,23 +329,26 @@ impl Report<'_> {
     /// A line a rank, under headings, and one for each rank that held more than is expected.
     fn rank_lines(&self) -> Vec<String> {
         let mut lines = vec![
-            "sizes in GB = 1e9 bytes; over = peak less planned weights and cache, in MB".to_owned(),
-            "rank  layers  planned  loaded   peak  over   busy s   wait s  wire s  sent MB"
+            "sizes in GB = 1e9 bytes; over = peak less planned weights and cache, in MB; busy, wait,"
+                .to_owned(),
+            "wire: of the time with work, computing, waiting for ranks, handing over messages"
+                .to_owned(),
+            "rank  layers  planned  loaded   peak   over  busy %  wait %  wire %  sent MB"
                 .to_owned(),
         ];
         let mut above = Vec::new();
         for (rank, (report, stage)) in self.ranks.iter().zip(&self.plan.stages).enumerate() {
             let layers = format!("{}-{}", stage.layers.start, stage.layers.end - 1);
             let over = over_plan_bytes(report, stage);
+            let share = |part_s: f64| 100.0 * ratio(part_s, self.active_s).min(1.0);
+            let (busy, wire) = (share(report.busy_s), share(report.wire_s));
             lines.push(format!(
-                "{rank:>4}  {layers:>6}  {:>7.3}  {:>6.3}  {:>5.3}  {:>4}  {:>7.2}  {:>7.2}  {:>6.3}  {:>7.2}",
+                "{rank:>4}  {layers:>6}  {:>7.3}  {:>6.3}  {:>5.3}  {:>5}  {busy:>6.1}  {:>6.1}  {wire:>6.1}  {:>7.2}",
                 stage.footprint.weights_bytes() as f64 / 1e9,
                 report.loaded_bytes as f64 / 1e9,
                 peak_bytes(report) as f64 / 1e9,
                 over / 1_000_000,
-                report.busy_s,
-                report.wait_s,
-                report.wire_s,
+                (100.0 - busy - wire).max(0.0),
                 report.sent_bytes as f64 / 1e6,
             ));
             if over > PEAK_ALLOWANCE_BYTES as i64 {
@@ -318,12 +368,19 @@ impl Report<'_> {
         let (measured, pace) = (&self.measured, self.measured.pace());
         let mut lines = vec![format!(
             "{} prompt tokens at {}/s, {} sampled at {}/s; first token {:.0} ms (median)",
-            measured.prompt_tokens(),
+            measured.prompt_tokens,
             rate(pace.prefill_tokens_per_s),
-            measured.sampled_tokens(),
+            measured.sampled_tokens,
             rate(pace.decode_tokens_per_s),
             pace.time_to_first_token_s * 1e3,
         )];
+        if measured.most_at_once > 1 {
+            lines.push(format!(
+                "  as each sequence saw it; all of them, up to {} at once: {} sampled/s",
+                measured.most_at_once,
+                rate(self.tokens_per_s()),
+            ));
+        }
         if let Some(predicted) = measured.predicted(self.plan, self.prefill_chunk) {
             lines.extend(prediction_lines(self.plan, pace, predicted));
         }

@@ -331,6 +331,7 @@ mod tests {
             number: 0,
             release: release.to_vec(),
             entries: vec![entry],
+            ..Step::default()
         };
         let mut sampler = Sampler::default();
         sampler.sample_step(&step(&[], entry(0, &[1, 2, 3])), &[]);

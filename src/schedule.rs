@@ -1,153 +1,348 @@
 //! Which tokens go into the next step. Rank 0 alone decides; the other ranks do what the step says.
 //! Pure: no clock, no ranks, no arrays.
 //!
-//! One sequence at a time: its prompt goes in as chunks, which may follow each other down the pipeline
-//! without waiting, then one token a step, each waiting for the one before.
+//! Sequences wait, begin, have their prompts computed in chunks, then decode a token at a time, and end. A step takes
+//! a group of those that decode and as much of the oldest prompts as still goes in. Chunks of one prompt follow each
+//! other without waiting; a decoding sequence waits for its token. As many steps are on their way as the limits
+//! allow, so that every rank has one to work on.
 
-use crate::wire::{Entry, SampleParams, Step};
+mod blocks;
+mod sequence;
 
-/// The cache slot of the one sequence in flight.
-const SLOT: u32 = 0;
+use crate::wire::{Entry, Fork, SampleParams, Step};
+use blocks::Blocks;
+use sequence::{Sequence, Source};
+use std::collections::{BTreeMap, VecDeque};
 
-/// Where the sequence in flight stands.
-#[derive(Debug)]
-enum State {
-    /// No sequence.
-    Idle,
-    /// Tokens wait to be computed: what is left of the prompt, or the token sampled last.
-    Ready(Vec<u32>),
-    /// Everything known has been sent; the next token is on its way.
-    Awaiting,
+pub use blocks::BLOCK_TOKENS;
+
+/// How much may be under way at a time.
+#[derive(Debug, Clone, Copy)]
+pub struct Limits {
+    /// Ranks of the pipeline.
+    pub ranks: usize,
+    /// Most sequences that decode in one step.
+    pub max_batch: usize,
+    /// Most tokens in one step, but for decoding sequences beyond them.
+    pub step_tokens: usize,
+    /// Most steps on their way.
+    pub steps_in_flight: usize,
+    /// Most sequences that have begun.
+    pub sequences: usize,
+    /// Blocks of [`BLOCK_TOKENS`] tokens that the caches of all sequences may hold.
+    pub kv_blocks: usize,
+    /// Whether a sequence that begins as another has blocks of its own, as where the ranks cannot share them.
+    pub forks_are_copies: bool,
+    /// Whether rank 0 has the rows of all tokens; else they have to be asked for.
+    pub looks_up: bool,
+}
+
+/// A sequence to be computed.
+#[derive(Debug, Clone)]
+pub struct Prompt {
+    /// The caller's name for it; told with its tokens.
+    pub key: u64,
+    /// At least one token.
+    pub tokens: Vec<u32>,
+    /// Most tokens that are sampled, at least one.
+    pub max_tokens: usize,
+    /// How to sample.
+    pub params: SampleParams,
 }
 
 /// The queue of rank 0.
 #[derive(Debug)]
 pub struct Schedule {
-    /// Most prompt tokens in one step.
-    chunk_tokens: usize,
+    limits: Limits,
     next_number: u64,
-    state: State,
-    /// Position of the next token of the sequence.
-    position: u32,
-    params: SampleParams,
+    next_slot: u32,
+    in_flight: usize,
+    /// Not yet begun, oldest first.
+    waiting: VecDeque<Prompt>,
+    /// Whether anything has changed since it was seen that nothing more can begin.
+    has_changed: bool,
+    /// Begun and not ended, by slot: in the order in which they began.
+    live: BTreeMap<u32, Sequence>,
+    /// Slots with a token to decode, in the order in which they came by it.
+    ready: VecDeque<u32>,
+    /// Ended; their caches are kept for prompts that begin alike, and dropped when room is needed. Oldest first.
+    ended: VecDeque<(u32, Sequence)>,
+    blocks: Blocks,
+    /// For the next step.
+    forks: Vec<Fork>,
+    /// For the next step.
     release: Vec<u32>,
 }
 
 impl Schedule {
-    /// An empty queue that cuts prompts into chunks of `chunk_tokens` (at least 1).
-    pub fn new(chunk_tokens: usize) -> Self {
+    /// An empty queue. Limits of 0 count as 1.
+    pub fn new(limits: Limits) -> Self {
+        let limits = Limits {
+            ranks: limits.ranks.max(1),
+            max_batch: limits.max_batch.max(1),
+            step_tokens: limits.step_tokens.max(1),
+            steps_in_flight: limits.steps_in_flight.max(1),
+            sequences: limits.sequences.max(1),
+            kv_blocks: limits.kv_blocks.max(1),
+            ..limits
+        };
         Self {
-            chunk_tokens: chunk_tokens.max(1),
+            limits,
             next_number: 0,
-            state: State::Idle,
-            position: 0,
-            params: SampleParams::GREEDY,
+            next_slot: 0,
+            in_flight: 0,
+            waiting: VecDeque::new(),
+            has_changed: false,
+            live: BTreeMap::new(),
+            ready: VecDeque::new(),
+            ended: VecDeque::new(),
+            blocks: Blocks::new(limits.kv_blocks),
+            forks: Vec::new(),
             release: Vec::new(),
         }
     }
 
-    /// Whether a sequence may be admitted.
+    /// Whether another prompt should be brought. A few wait beside those that have begun, so that a step can be
+    /// filled with short ones.
     pub fn has_room(&self) -> bool {
-        matches!(self.state, State::Idle)
+        let waiting = self.waiting.len();
+        waiting < self.limits.max_batch && waiting + self.live.len() < self.limits.sequences
     }
 
-    /// Takes a sequence in. `prompt` holds at least one token; the caller asks [`Self::has_room`] first.
-    pub fn admit(&mut self, prompt: Vec<u32>, params: SampleParams) {
-        debug_assert!(self.has_room() && !prompt.is_empty());
-        self.state = State::Ready(prompt);
-        self.position = 0;
-        self.params = params;
+    /// Takes a prompt in. The caller asks [`Self::has_room`] first. Prompt and answer together fit in the blocks.
+    pub fn admit(&mut self, prompt: Prompt) {
+        debug_assert!(self.has_room() && !prompt.tokens.is_empty() && prompt.max_tokens > 0);
+        debug_assert!(Sequence::blocks_of(&prompt) <= self.limits.kv_blocks);
+        self.waiting.push_back(prompt);
+        self.has_changed = true;
     }
 
-    /// The next step to compute, if one can be computed now.
+    /// Whether nothing is under way and nothing waits.
+    pub fn is_idle(&self) -> bool {
+        self.live.is_empty() && self.waiting.is_empty()
+    }
+
+    /// Sequences that have begun and not ended.
+    pub fn sequences(&self) -> usize {
+        self.live.len()
+    }
+
+    /// Steps on their way.
+    pub fn in_flight(&self) -> usize {
+        self.in_flight
+    }
+
+    /// The next step to compute, if one should be computed now.
     pub fn next_step(&mut self) -> Option<Step> {
-        let State::Ready(tokens) = &mut self.state else {
+        self.begin_what_can();
+        if self.in_flight >= self.limits.steps_in_flight {
             return None;
-        };
-        let rest = tokens.split_off(tokens.len().min(self.chunk_tokens));
-        let chunk = std::mem::replace(tokens, rest);
-        let is_last = tokens.is_empty();
-        if is_last {
-            self.state = State::Awaiting;
         }
+        let group = self.group();
+        let has_prompts = self.live.values().any(|one| one.next_chunk() > 0);
+        // With a step for every rank on its way, one more is only worth its cost if it is full.
+        let is_full = self.ready.len() >= group || self.in_flight < self.limits.ranks;
+        if !(has_prompts || is_full && !self.ready.is_empty()) {
+            return None;
+        }
+        let mut entries = self.decode_entries(group);
+        let rest = self.limits.step_tokens.saturating_sub(entries.len());
+        entries.extend(self.prompt_entries(rest.max(1)));
+        self.in_flight += 1;
+        self.has_changed = true;
         let step = Step {
             number: self.next_number,
+            in_flight: u16::try_from(self.in_flight).unwrap_or(u16::MAX),
+            forks: std::mem::take(&mut self.forks),
             release: std::mem::take(&mut self.release),
-            entries: vec![Entry {
-                slot: SLOT,
-                start: self.position,
-                sample: is_last.then_some(self.params),
-                tokens: chunk,
-            }],
+            loads: None,
+            entries,
         };
         self.next_number += 1;
-        self.position += step.row_count() as u32;
         Some(step)
     }
 
-    /// The sequence goes on with the token that was sampled.
-    pub fn continue_with(&mut self, token: u32) {
-        debug_assert!(matches!(self.state, State::Awaiting));
-        self.state = State::Ready(vec![token]);
+    /// The oldest step on its way is answered. Its tokens are told one by one.
+    pub fn answered(&mut self) {
+        debug_assert!(self.in_flight > 0, "an answer to no step");
+        self.in_flight = self.in_flight.saturating_sub(1);
     }
 
-    /// The sequence is done; its cache is dropped before the next step.
-    pub fn finish(&mut self) {
-        self.state = State::Idle;
-        self.release.push(SLOT);
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn steps(schedule: &mut Schedule) -> Vec<Step> {
-        std::iter::from_fn(|| schedule.next_step()).collect()
+    /// Whose sequence a slot holds; `None` if none has begun there.
+    pub fn key(&self, slot: u32) -> Option<u64> {
+        self.live.get(&slot).map(|sequence| sequence.key)
     }
 
-    #[test]
-    fn every_prompt_token_is_computed_once_in_order_whatever_the_chunk() {
-        for length in 1..20u32 {
-            for chunk_tokens in 1..22 {
-                let prompt: Vec<u32> = (100..100 + length).collect();
-                let mut schedule = Schedule::new(chunk_tokens);
-                schedule.admit(prompt.clone(), SampleParams::GREEDY);
-                let steps = steps(&mut schedule);
-                let mut position = 0;
-                let mut seen: Vec<u32> = Vec::new();
-                for (index, step) in steps.iter().enumerate() {
-                    let entry = &step.entries[0];
-                    assert_eq!(step.number, index as u64);
-                    assert_eq!(entry.start, position);
-                    assert!((1..=chunk_tokens).contains(&entry.tokens.len()));
-                    assert_eq!(entry.sample.is_some(), index + 1 == steps.len());
-                    position += entry.tokens.len() as u32;
-                    seen.extend(&entry.tokens);
-                }
-                assert_eq!(seen, prompt);
+    /// A sequence goes on with the token that was sampled, whose row is known.
+    pub fn continue_with(&mut self, slot: u32, token: u32) {
+        if let Some(sequence) = self.live.get_mut(&slot) {
+            sequence.push(token);
+            self.ready.push_back(slot);
+        }
+    }
+
+    /// A sequence is done. Its cache is kept as long as there is room.
+    pub fn finish(&mut self, slot: u32) {
+        let Some(mut sequence) = self.live.remove(&slot) else {
+            return;
+        };
+        self.has_changed = true;
+        self.blocks.give_back(&sequence.end());
+        self.ended.push_back((slot, sequence));
+        let is_of_use = |(_, ended): &(u32, Sequence)| ended.launched >= BLOCK_TOKENS;
+        let too_short = self.ended.back().is_some_and(|ended| !is_of_use(ended));
+        if too_short {
+            self.drop_ended(self.ended.len() - 1);
+        } else if self.ended.len() > self.limits.sequences {
+            self.drop_ended(0);
+        }
+    }
+
+    /// Rows of prompts that rank 0 should ask for now: slots and tokens, in the order in which they are needed.
+    pub fn wanted_rows(&mut self) -> Vec<(u32, Vec<u32>)> {
+        self.begin_what_can();
+        let most = self.limits.step_tokens;
+        self.live
+            .iter_mut()
+            .filter_map(|(&slot, sequence)| Some((slot, sequence.ask(most)?)))
+            .collect()
+    }
+
+    /// The rows of the next `count` tokens of a prompt have come.
+    pub fn rows_came(&mut self, slot: u32, count: usize) {
+        if let Some(sequence) = self.live.get_mut(&slot) {
+            sequence.rows_known += count;
+        }
+    }
+
+    /// How many sequences decode in a step: all of them in as many groups as there are ranks, or as steps may be
+    /// on their way if that makes groups too large.
+    fn group(&self) -> usize {
+        let limits = &self.limits;
+        let decoding = self.live.values().filter(|one| one.is_decoding()).count();
+        let fit = decoding <= limits.ranks * limits.max_batch;
+        let groups = match fit {
+            true => limits.ranks.min(limits.steps_in_flight),
+            false => limits.steps_in_flight,
+        };
+        decoding.div_ceil(groups).clamp(1, limits.max_batch)
+    }
+
+    fn decode_entries(&mut self, group: usize) -> Vec<Entry> {
+        let count = group.min(self.ready.len());
+        let slots: Vec<u32> = self.ready.drain(..count).collect();
+        let live = &mut self.live;
+        slots
+            .into_iter()
+            .filter_map(|slot| Some(live.get_mut(&slot)?.launch(slot, 1)))
+            .collect()
+    }
+
+    /// The next chunks of the oldest prompts, `budget` tokens together.
+    fn prompt_entries(&mut self, mut budget: usize) -> Vec<Entry> {
+        let mut entries = Vec::new();
+        for (&slot, sequence) in &mut self.live {
+            let count = sequence.next_chunk().min(budget);
+            if count > 0 {
+                entries.push(sequence.launch(slot, count));
+                budget -= count;
+            }
+            if budget == 0 {
+                break;
+            }
+        }
+        entries
+    }
+
+    /// Begins what waits, in order, as far as there is room.
+    fn begin_what_can(&mut self) {
+        if !std::mem::take(&mut self.has_changed) {
+            return;
+        }
+        while let Some(prompt) = self.waiting.front() {
+            if self.live.len() >= self.limits.sequences {
+                return;
+            }
+            let source = self.source(&prompt.tokens);
+            // What another sequence is about to compute is not computed twice.
+            if source.is_some_and(|source| source.now < source.soon) {
+                return;
+            }
+            let Some(blocks) = self.reserve(Sequence::blocks_of(prompt), source) else {
+                return;
+            };
+            if let Some(prompt) = self.waiting.pop_front() {
+                self.begin(prompt, source, blocks);
             }
         }
     }
 
-    #[test]
-    fn a_token_continues_where_the_prompt_ended_and_the_next_sequence_releases_the_slot() {
-        let mut schedule = Schedule::new(8);
-        schedule.admit(vec![1, 2, 3], SampleParams::GREEDY);
-        assert_eq!(steps(&mut schedule).len(), 1);
-        assert!(!schedule.has_room());
-        schedule.continue_with(9);
-        let step = schedule.next_step().unwrap();
-        assert_eq!(
-            (step.entries[0].start, &step.entries[0].tokens[..]),
-            (3, &[9][..])
-        );
-        assert!(step.release.is_empty());
-        schedule.finish();
-        assert!(schedule.has_room());
-        schedule.admit(vec![5], SampleParams::GREEDY);
-        let step = schedule.next_step().unwrap();
-        assert_eq!(step.release, [SLOT]);
-        assert_eq!(step.entries[0].start, 0);
+    fn begin(&mut self, prompt: Prompt, source: Option<Source>, blocks: Vec<u32>) {
+        let slot = self.next_slot;
+        self.next_slot = self.next_slot.wrapping_add(1);
+        let taken_over = source.map_or(0, |source| source.now);
+        if let Some(source) = source {
+            self.forks.push(Fork {
+                from: source.slot,
+                to: slot,
+                tokens: taken_over as u32,
+            });
+        }
+        let sequence = Sequence::new(prompt, taken_over, blocks, self.limits.looks_up);
+        self.live.insert(slot, sequence);
+    }
+
+    /// The sequence that begins most like `prompt`.
+    fn source(&self, prompt: &[u32]) -> Option<Source> {
+        let live = self.live.iter().map(|(&slot, sequence)| (slot, sequence));
+        let ended = self.ended.iter().map(|(slot, sequence)| (*slot, sequence));
+        ended
+            .chain(live)
+            .filter_map(|(slot, sequence)| sequence.source(slot, prompt))
+            .max_by_key(|source| (source.soon, source.now))
+    }
+
+    /// Blocks for a new sequence, those that it shares first; drops caches of ended sequences to make room.
+    fn reserve(&mut self, count: usize, source: Option<Source>) -> Option<Vec<u32>> {
+        let mut blocks = match source {
+            Some(source) if !self.limits.forks_are_copies => self.shared_blocks(source),
+            _ => Vec::new(),
+        };
+        self.blocks.share(&blocks);
+        let own = count - blocks.len();
+        while self.blocks.free() < own && !self.ended.is_empty() {
+            // The source too, if need be: caches are copied before any is dropped.
+            self.drop_ended(0);
+        }
+        match self.blocks.take(own) {
+            Some(own) => {
+                blocks.extend(own);
+                Some(blocks)
+            }
+            None => {
+                self.blocks.give_back(&blocks);
+                None
+            }
+        }
+    }
+
+    fn shared_blocks(&self, source: Source) -> Vec<u32> {
+        let ended = self.ended.iter().find(|(slot, _)| *slot == source.slot);
+        let sequence = self
+            .live
+            .get(&source.slot)
+            .or(ended.map(|(_, sequence)| sequence));
+        let shared = source.now / BLOCK_TOKENS;
+        sequence.map_or_else(Vec::new, |sequence| sequence.blocks[..shared].to_vec())
+    }
+
+    fn drop_ended(&mut self, index: usize) {
+        if let Some((slot, sequence)) = self.ended.remove(index) {
+            self.blocks.give_back(&sequence.blocks);
+            self.release.push(slot);
+        }
     }
 }
+
+#[cfg(test)]
+mod tests;

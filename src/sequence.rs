@@ -157,6 +157,11 @@ impl<'r> Sequence<'r> {
         self.prompt_tokens
     }
 
+    /// Tokens that may still be sampled, at least one until the answer ends.
+    pub fn remaining_tokens(&self) -> usize {
+        self.remaining
+    }
+
     /// Tokens sampled so far.
     pub fn sampled_tokens(&self) -> usize {
         self.token_ids.len()

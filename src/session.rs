@@ -5,9 +5,11 @@ use crate::agree::{self, Failure, KnownTo, Usage};
 use crate::calibrate;
 use crate::checkpoint::Consumed;
 use crate::cli::{self, RunOptions};
+use crate::cores;
 use crate::cost_store::CostStore;
 use crate::handover;
 use crate::hub::{self, Found};
+use crate::limits::limits;
 use crate::log::{RankFormat, tell};
 use crate::meeting::{Cluster, Place};
 use crate::model::ModelFiles;
@@ -18,11 +20,12 @@ use crate::progress::Progress;
 use crate::prompts::{self, Prompts};
 use crate::report::{self, Measured, RankReport, Report};
 use crate::request::{AnswerWriter, Identity, Tally, WriteError, Written};
-use crate::schedule::Schedule;
+use crate::schedule::{Limits, Schedule};
 use crate::sequence::Rules;
 use crate::slice::{Loaded, Slice};
-use crate::stage::{self, Stage};
+use crate::stage::{self, CoreShare, Stage};
 use crate::tokenizer::{Tokenizer, TokenizerError};
+use crate::trace::{self, RankTrace, Recorder};
 use crate::transport::{self, MpiTransport, Transport};
 use crate::wait::{self, Interrupted};
 use anyhow::{Context, Result, anyhow, bail};
@@ -81,19 +84,24 @@ fn generate(
     let cache_dir = options.shard_cache.as_deref();
     let slice = Slice::new(&files, &plan, rank, &cluster.kernels, cache_dir);
     let slice = agree::all_succeeded(transport, slice)?;
-    let (stage, consumed) = load(options, &slice, transport)?;
+    let (mut stage, consumed) = load(options, &slice, transport)?;
+    stage.share_cores(core_share(options, &cluster, rank));
     let mut report = loaded(&cluster, &plan, consumed, rank, started)?;
     agree::all_succeeded(transport, Ok(()))?;
 
+    let limits = limits(options, &cluster, &plan);
     let mut worker = Worker::new(&mut *transport, stage, rows(&files, &plan));
+    let clocks = start_trace(options, &mut worker)?;
     let outcome = match &rules {
-        Some(rules) => Some(lead(options, &cluster, rules, &mut worker)?),
+        Some(rules) => Some(lead(options, &cluster, rules, limits, &mut worker)?),
         None => {
             worker.follow()?;
             None
         }
     };
-    report = report.with_counters(worker.counters);
+    let (counters, trace) = (worker.counters, worker.trace.take());
+    write_trace(options, &cluster, clocks, trace, transport)?;
+    report = report.with_counters(counters);
     report.peak_rss_bytes = report::peak_rss_bytes();
     report.peak_array_bytes = stage::peak_array_bytes();
     let ranks = agree::gather(transport, Ok(report), None)?;
@@ -104,8 +112,9 @@ fn generate(
                 plan: &plan,
                 ranks,
                 measured,
+                active_s: counters.active.as_secs_f64(),
                 written,
-                prefill_chunk: options.prefill_chunk.into(),
+                prefill_chunk: limits.step_tokens as u64,
             };
             publish(options, &report)?;
             Ok(exit_status(report.written.tally))
@@ -336,6 +345,63 @@ fn loaded(
     })
 }
 
+/// The cores of this rank's host, and how many ranks they are shared by, unless the user has said how many threads.
+fn core_share(options: &RunOptions, cluster: &Cluster, rank: usize) -> CoreShare {
+    let host = cluster.ranks[rank].host();
+    let on_host = cluster.ranks.iter().filter(|place| place.host() == host);
+    match options.model.threads {
+        Some(threads) => CoreShare {
+            cores: threads,
+            ranks: 1,
+        },
+        None => CoreShare {
+            cores: cores::usable(),
+            ranks: on_host.count(),
+        },
+    }
+}
+
+/// Starts this rank's trace, if one is wanted; on rank 0 how far the other ranks' clocks are ahead.
+fn start_trace(
+    options: &RunOptions,
+    worker: &mut Worker<&mut MpiTransport, Stage>,
+) -> Result<Vec<i64>> {
+    if options.trace.is_none() {
+        return Ok(Vec::new());
+    }
+    let recorder = Recorder::new();
+    let ahead_us = match worker.transport.rank() {
+        0 => recorder.compare_clocks(&mut worker.transport)?,
+        _ => {
+            recorder.answer_clock(&mut worker.transport)?;
+            Vec::new()
+        }
+    };
+    worker.trace = Some(recorder);
+    Ok(ahead_us)
+}
+
+/// Gathers the ranks' traces and writes them on rank 0's host, where they are wanted.
+fn write_trace(
+    options: &RunOptions,
+    cluster: &Cluster,
+    ahead_us: Vec<i64>,
+    trace: Option<Recorder>,
+    transport: &mut MpiTransport,
+) -> Result<(), Failure> {
+    let (Some(path), Some(trace)) = (&options.trace, trace) else {
+        return Ok(());
+    };
+    let traces: Vec<RankTrace> = agree::gather(transport, Ok(trace.finish()), None)?;
+    if transport.rank() == 0 {
+        let hosts: Vec<&str> = cluster.ranks.iter().map(Place::host).collect();
+        let text = trace::render(&traces, &hosts, &ahead_us).to_string();
+        std::fs::write(path, text + "\n")
+            .with_context(|| format!("writing the trace {}", path.display()))?;
+    }
+    Ok(())
+}
+
 /// How the first rank comes by its rows. One rank alone has the table anyway.
 fn rows(files: &ModelFiles, plan: &Plan) -> Rows {
     match plan.lookup {
@@ -351,6 +417,7 @@ fn lead(
     options: &RunOptions,
     cluster: &Cluster,
     rules: &Rules,
+    limits: Limits,
     worker: &mut Worker<&mut MpiTransport, Stage>,
 ) -> Result<(Written, Measured)> {
     let identity = Identity {
@@ -360,7 +427,7 @@ fn lead(
     let requests = prompts::read_requests(prompts::standard_input(), options.sampling.defaults());
     let writer = AnswerWriter::new(std::io::stdout(), options.format.into(), identity);
     let mut prompts = Prompts::new(requests, rules, writer, Progress::new());
-    let mut schedule = Schedule::new(options.prefill_chunk as usize);
+    let mut schedule = Schedule::new(limits);
     worker.lead(&mut schedule, &mut prompts, options.step_limit())?;
     prompts.finish()
 }

@@ -53,6 +53,25 @@ pub struct Stage {
     /// The head, where there is one, is the embedding table.
     is_tied: bool,
     wire_dtype: Dtype,
+    core_share: Option<CoreShare>,
+}
+
+/// The cores that a rank computes on.
+#[derive(Debug, Clone, Copy)]
+pub struct CoreShare {
+    /// Cores of the host.
+    pub cores: usize,
+    /// Ranks that share them, while as many steps are on their way.
+    pub ranks: usize,
+}
+
+impl CoreShare {
+    /// Threads for a step that sets out as one of `in_flight`: all cores where the other ranks have nothing to do
+    /// meanwhile.
+    fn threads(self, in_flight: u16) -> usize {
+        let sharers = self.ranks.min(in_flight.into()).max(1);
+        (self.cores / sharers).max(1)
+    }
 }
 
 impl Stage {
@@ -88,6 +107,7 @@ impl Stage {
             table_rows: architecture.vocab_size,
             is_tied: architecture.head == HeadSpec::Tied,
             wire_dtype,
+            core_share: None,
         };
         Ok((loaded, consumed))
     }
@@ -128,7 +148,13 @@ impl Stage {
             table_rows: 0,
             is_tied: false,
             wire_dtype,
+            core_share: None,
         })
+    }
+
+    /// From now on each step is computed on as many of the cores as it leaves to this rank; till then on all.
+    pub fn share_cores(&mut self, share: CoreShare) {
+        self.core_share = Some(share);
     }
 
     /// Computes only the first `count` layers from now on, and forgets all sequences.
@@ -221,6 +247,13 @@ impl Compute for Stage {
     /// A payload of another size than the step says, a position that the cache has not reached, or
     /// logits that are not numbers.
     fn run(&mut self, step: &Step, payload: &[u8]) -> Result<Output> {
+        if let Some(share) = self.core_share {
+            self.engine.use_threads(share.threads(step.in_flight));
+        }
+        for fork in &step.forks {
+            let forked = self.engine.fork(fork.from, fork.to, fork.tokens as usize);
+            forked.with_context(|| format!("step {}", step.number))?;
+        }
         for &slot in &step.release {
             self.engine.release(slot);
         }

@@ -2,10 +2,12 @@
 //! all, and gathering while the run is set up. A narrow trait, so that the loop can be run in a unit test;
 //! the only file that names `mpi`.
 //!
-//! No call here blocks inside MPI (see [`crate::wait`]). Ranks share in the order of the steps: every
+//! No call here blocks inside MPI (see [`crate::wait`]). While a rank computes, a second thread calls MPI now and then
+//! ([`Transport::overlap`]): a large message moves only while both its sender and its receiver do. Ranks share in the order of the steps: every
 //! rank calls [`Transport::expect_shared`] for the same steps in the same order, which is what MPI asks of
 //! collectives.
 
+use crate::meanwhile::Meanwhile;
 use crate::wait;
 use anyhow::{Result, bail, ensure};
 use mpi::collective::{CommunicatorCollectives, Root};
@@ -16,6 +18,7 @@ use mpi::request::{Request, StaticScope};
 use mpi::topology::{Communicator, SimpleCommunicator};
 use mpi::{Rank, Tag, Threading};
 use std::collections::{HashMap, VecDeque};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 /// What a message from rank to rank is for. Kinds do not overtake or wait for each other.
@@ -70,8 +73,21 @@ pub trait Transport {
 
     /// Waits until everything sent has left.
     fn flush(&mut self) -> Result<()>;
+
+    /// Computes, while messages go on leaving and arriving.
+    fn overlap<R>(&mut self, compute: impl FnOnce() -> R) -> R
+    where
+        Self: Sized,
+    {
+        compute()
+    }
 }
 
+/// Pause between two calls of MPI while a rank computes. Short against a step, and long against the microseconds that
+/// a call takes from the core that computes.
+const OVERLAP_PAUSE: Duration = Duration::from_micros(500);
+/// Messages of a kind that are received before they are asked for.
+const RECEIVED_AHEAD: usize = 4;
 const FLUSH_LIMIT: Duration = Duration::from_secs(60);
 /// How long MPI may take to end.
 const ENDING_LIMIT: Duration = Duration::from_secs(3);
@@ -81,14 +97,33 @@ const ENDING_LIMIT: Duration = Duration::from_secs(3);
 /// Owns the MPI environment: dropping it finalises MPI, which can wait for ever after another rank
 /// has failed, so a failure must reach [`abort`] first.
 pub struct MpiTransport {
-    // Declared first, dropped first: requests must be gone before MPI is.
-    sending: VecDeque<OwnedRequest>,
-    sharing: VecDeque<OwnedRequest>,
-    /// What is being received, by sender.
-    receiving: HashMap<(usize, Kind), OwnedRequest>,
-    world: SimpleCommunicator,
+    // Declared first, dropped first: the thread must be gone before the requests are, and these before MPI is.
+    meanwhile: Option<Meanwhile>,
+    messages: Arc<Mutex<Messages>>,
+    rank: usize,
+    size: usize,
     _universe: Universe,
 }
+
+/// What is on its way, and the connection that it goes through.
+struct Messages {
+    sending: VecDeque<OwnedRequest>,
+    sharing: VecDeque<OwnedRequest>,
+    /// By sender.
+    receiving: HashMap<(usize, Kind), Receiving>,
+    world: SimpleCommunicator,
+}
+
+/// Messages of one kind from one rank.
+#[derive(Default)]
+struct Receiving {
+    pending: Option<OwnedRequest>,
+    arrived: VecDeque<Vec<u8>>,
+}
+
+// SAFETY: a second thread uses it only where MPI has granted that any thread may call, one at a time, and through
+// the mutex around it; buffers and requests belong to no thread.
+unsafe impl Send for Messages {}
 
 impl MpiTransport {
     /// Starts MPI, or joins the job that `mpirun` started.
@@ -96,7 +131,8 @@ impl MpiTransport {
     /// # Errors
     /// MPI started already, or grants less than calls from one thread of several.
     pub fn start() -> Result<Self> {
-        let Some((universe, granted)) = mpi::initialize_with_threading(Threading::Funneled) else {
+        let Some((universe, granted)) = mpi::initialize_with_threading(Threading::Serialized)
+        else {
             bail!("MPI is already initialised in this process");
         };
         ensure!(
@@ -104,11 +140,27 @@ impl MpiTransport {
             "this MPI grants {granted:?}; mlx-pipe needs Funneled or more"
         );
         let world = universe.world();
-        Ok(Self {
+        let (rank, size) = (world.rank() as usize, world.size() as usize);
+        let messages = Arc::new(Mutex::new(Messages {
             sending: VecDeque::new(),
             sharing: VecDeque::new(),
             receiving: HashMap::new(),
             world,
+        }));
+        // Without a second thread messages move between computations only.
+        let meanwhile = match granted >= Threading::Serialized && size > 1 {
+            false => None,
+            true => {
+                let messages = Arc::clone(&messages);
+                let advance = move || lock(&messages).advance();
+                Meanwhile::new(OVERLAP_PAUSE, advance).ok()
+            }
+        };
+        Ok(Self {
+            meanwhile,
+            messages,
+            rank,
+            size,
             _universe: universe,
         })
     }
@@ -132,19 +184,67 @@ impl MpiTransport {
         format!("{:?}", mpi::environment::threading_support())
     }
 
+    fn messages(&self) -> MutexGuard<'_, Messages> {
+        lock(&self.messages)
+    }
+}
+
+/// A thread that panicked has ended the process.
+fn lock(messages: &Mutex<Messages>) -> MutexGuard<'_, Messages> {
+    messages.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl Messages {
     /// Drops the requests that have completed.
     fn reap(&mut self) {
         self.sending.retain_mut(|request| !request.is_complete());
     }
 
+    /// Receives what has come of the kinds that were asked for before, and drives MPI on.
+    fn advance(&mut self) {
+        self.reap();
+        let keys: Vec<(usize, Kind)> = self.receiving.keys().copied().collect();
+        for (from, kind) in keys {
+            // An error comes again when somebody asks for the message.
+            let _ = self.receive(from, kind);
+        }
+    }
+
+    /// Takes in messages of a kind that have come, up to a few.
+    fn receive(&mut self, from: usize, kind: Kind) -> Result<&mut Receiving> {
+        let source = self.world.process_at_rank(self.mpi_rank(from)?);
+        let receiving = self.receiving.entry((from, kind)).or_default();
+        while receiving.arrived.len() < RECEIVED_AHEAD {
+            if receiving.pending.is_none() {
+                let probed = source.immediate_matched_probe_with_tag(kind.tag());
+                let Some((message, status)) = probed else {
+                    break;
+                };
+                let length = status.count(u8::equivalent_datatype()) as usize;
+                receiving.pending = Some(OwnedRequest::start(vec![0; length], |buffer| {
+                    message.immediate_matched_receive_into(StaticScope, buffer)
+                }));
+            }
+            let Some(bytes) = take_if_complete(&mut receiving.pending) else {
+                break;
+            };
+            receiving.arrived.push_back(bytes);
+        }
+        Ok(receiving)
+    }
+
     /// A rank as MPI counts it.
     fn mpi_rank(&self, rank: usize) -> Result<Rank> {
-        ensure!(
-            rank < self.size(),
-            "there is no rank {rank} among {}",
-            self.size()
-        );
+        let size = self.world.size() as usize;
+        ensure!(rank < size, "there is no rank {rank} among {size}");
         Ok(rank as Rank)
+    }
+
+    fn share(&mut self, bytes: Vec<u8>) {
+        let root = self.world.process_at_rank(self.world.size() - 1);
+        self.sharing.push_back(OwnedRequest::start(bytes, |buffer| {
+            root.immediate_broadcast_into(StaticScope, buffer)
+        }));
     }
 }
 
@@ -184,54 +284,42 @@ impl<T: Transport> Transport for &mut T {
     fn flush(&mut self) -> Result<()> {
         (**self).flush()
     }
+
+    fn overlap<R>(&mut self, compute: impl FnOnce() -> R) -> R {
+        (**self).overlap(compute)
+    }
 }
 
 impl Transport for MpiTransport {
     fn rank(&self) -> usize {
-        self.world.rank() as usize
+        self.rank
     }
 
     fn size(&self) -> usize {
-        self.world.size() as usize
+        self.size
     }
 
     fn send(&mut self, to: usize, kind: Kind, bytes: Vec<u8>) -> Result<()> {
-        self.reap();
         check_length(bytes.len())?;
-        let destination = self.world.process_at_rank(self.mpi_rank(to)?);
-        self.sending.push_back(OwnedRequest::start(bytes, |buffer| {
+        let mut messages = self.messages();
+        messages.reap();
+        let destination = messages.world.process_at_rank(messages.mpi_rank(to)?);
+        let request = OwnedRequest::start(bytes, |buffer| {
             destination.immediate_send_with_tag(StaticScope, &*buffer, kind.tag())
-        }));
+        });
+        messages.sending.push_back(request);
         Ok(())
     }
 
     fn try_receive(&mut self, from: usize, kind: Kind) -> Result<Option<Vec<u8>>> {
-        self.reap();
-        let mut pending = self.receiving.remove(&(from, kind));
-        if pending.is_none() {
-            let source = self.world.process_at_rank(self.mpi_rank(from)?);
-            let Some((message, status)) = source.immediate_matched_probe_with_tag(kind.tag())
-            else {
-                return Ok(None);
-            };
-            let length = status.count(u8::equivalent_datatype()) as usize;
-            pending = Some(OwnedRequest::start(vec![0; length], |buffer| {
-                message.immediate_matched_receive_into(StaticScope, buffer)
-            }));
-        }
-        let received = take_if_complete(&mut pending);
-        if let Some(pending) = pending {
-            self.receiving.insert((from, kind), pending);
-        }
-        Ok(received)
+        let mut messages = self.messages();
+        messages.reap();
+        Ok(messages.receive(from, kind)?.arrived.pop_front())
     }
 
     fn share(&mut self, bytes: Vec<u8>) -> Result<()> {
         check_length(bytes.len())?;
-        let root = self.world.process_at_rank(self.world.size() - 1);
-        self.sharing.push_back(OwnedRequest::start(bytes, |buffer| {
-            root.immediate_broadcast_into(StaticScope, buffer)
-        }));
+        self.messages().share(bytes);
         Ok(())
     }
 
@@ -241,10 +329,11 @@ impl Transport for MpiTransport {
     }
 
     fn try_shared(&mut self) -> Result<Option<Vec<u8>>> {
-        let mut oldest = self.sharing.pop_front();
+        let mut messages = self.messages();
+        let mut oldest = messages.sharing.pop_front();
         let taken = take_if_complete(&mut oldest);
         if let Some(pending) = oldest {
-            self.sharing.push_front(pending);
+            messages.sharing.push_front(pending);
         }
         Ok(taken)
     }
@@ -268,10 +357,20 @@ impl Transport for MpiTransport {
 
     fn flush(&mut self) -> Result<()> {
         wait::until("messages to leave this rank", Some(FLUSH_LIMIT), || {
-            self.reap();
-            self.sharing.retain_mut(|request| !request.is_complete());
-            Ok((self.sending.is_empty() && self.sharing.is_empty()).then_some(()))
+            let mut messages = self.messages();
+            messages.reap();
+            messages
+                .sharing
+                .retain_mut(|request| !request.is_complete());
+            Ok((messages.sending.is_empty() && messages.sharing.is_empty()).then_some(()))
         })
+    }
+
+    fn overlap<R>(&mut self, compute: impl FnOnce() -> R) -> R {
+        match &self.meanwhile {
+            None => compute(),
+            Some(meanwhile) => meanwhile.during(compute),
+        }
     }
 }
 
@@ -284,14 +383,15 @@ impl MpiTransport {
             return Ok(Vec::new());
         }
         let sent = Box::into_raw(bytes.into_boxed_slice());
-        let world = &self.world;
         let mut request = Some(OwnedRequest::start(vec![0; total], |buffer| {
             // SAFETY: the pointer comes from a box that is freed below once the request is complete,
             // and otherwise never; nothing writes to it.
             let sent: &'static [u8] = unsafe { &*sent };
+            let world = &self.messages().world;
             world.immediate_all_gather_into(StaticScope, sent, buffer)
         }));
         let gathered = wait::until("the other ranks", limit, || {
+            let _calling = self.messages();
             Ok(take_if_complete(&mut request))
         })?;
         // SAFETY: from `Box::into_raw` above, and the request that read it is complete. (After an error

@@ -7,7 +7,7 @@
 use std::mem::size_of;
 
 /// Raised when a byte of the format, or of [`crate::parcel`]'s, changes; ranks compare it before they load anything.
-pub const PROTOCOL_VERSION: u16 = 3;
+pub const PROTOCOL_VERSION: u16 = 4;
 
 const MAGIC: [u8; 4] = *b"MXPS";
 const KIND_STEP: u8 = 1;
@@ -78,15 +78,52 @@ pub struct Entry {
     pub sample: Option<SampleParams>,
 }
 
+/// A sequence that begins as another one did.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Fork {
+    /// The slot whose cache holds the tokens.
+    pub from: u32,
+    /// The slot of the new sequence.
+    pub to: u32,
+    /// Tokens that it takes over.
+    pub tokens: u32,
+}
+
+/// What a rank has spent its time on, in microseconds since its loop began.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Load {
+    /// Computing.
+    pub busy_us: u64,
+    /// Waiting for another rank.
+    pub wait_us: u64,
+    /// Handing messages to MPI.
+    pub wire_us: u64,
+}
+
 /// What every rank computes next.
 #[derive(Debug, Clone, PartialEq, Default)]
 pub struct Step {
     /// Counts up from 0.
     pub number: u64,
+    /// Steps on their way when this one sets out, itself included; at least 1.
+    pub in_flight: u16,
+    /// Caches that begin as copies, before any is dropped.
+    pub forks: Vec<Fork>,
     /// Slots whose caches are dropped before the step.
     pub release: Vec<u32>,
+    /// If the first rank wants to know: the loads of the ranks that the step has passed.
+    pub loads: Option<Vec<Load>>,
     /// The sequences in the step, in the order of their rows.
     pub entries: Vec<Entry>,
+}
+
+/// What the answers of a run have in common; every rank knows it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct AnswerShape {
+    /// Bytes of the embedding that travels with each token, 0 if none does.
+    pub row_bytes: usize,
+    /// Ranks of the run, each with a load where loads are wanted.
+    pub ranks: usize,
 }
 
 /// One frame from rank to rank.
@@ -122,13 +159,13 @@ impl Step {
     }
 
     /// Bytes of the [`Sampled`] that answers this step; every rank can tell them from the step.
-    /// `row_bytes`: those of the embedding that travels with each token, 0 if none does.
-    pub fn sampled_bytes(&self, row_bytes: usize) -> usize {
+    pub fn sampled_bytes(&self, shape: AnswerShape) -> usize {
         let records: usize = self
             .sampled()
-            .map(|(_, sample)| record_bytes(sample.logprobs) + row_bytes)
+            .map(|(_, sample)| record_bytes(sample.logprobs) + shape.row_bytes)
             .sum();
-        size_of::<u64>() + records
+        let loads = self.loads.as_ref().map_or(0, |_| shape.ranks * LOAD_BYTES);
+        size_of::<u64>() + records + loads
     }
 }
 
@@ -146,9 +183,21 @@ pub fn encode(frame: &Frame) -> Vec<u8> {
         Frame::Step(step) => {
             bytes.push(KIND_STEP);
             bytes.extend(step.number.to_le_bytes());
+            bytes.extend(step.in_flight.to_le_bytes());
+            bytes.extend((step.forks.len() as u32).to_le_bytes());
+            for fork in &step.forks {
+                for field in [fork.from, fork.to, fork.tokens] {
+                    bytes.extend(field.to_le_bytes());
+                }
+            }
             bytes.extend((step.release.len() as u32).to_le_bytes());
             for slot in &step.release {
                 bytes.extend(slot.to_le_bytes());
+            }
+            bytes.push(step.loads.is_some() as u8);
+            if let Some(loads) = &step.loads {
+                bytes.extend((loads.len() as u32).to_le_bytes());
+                encode_loads(loads, &mut bytes);
             }
             bytes.extend((step.entries.len() as u32).to_le_bytes());
             for entry in &step.entries {
@@ -163,6 +212,14 @@ fn encode_tokens(tokens: &[u32], bytes: &mut Vec<u8>) {
     bytes.extend((tokens.len() as u32).to_le_bytes());
     for token in tokens {
         bytes.extend(token.to_le_bytes());
+    }
+}
+
+fn encode_loads(loads: &[Load], bytes: &mut Vec<u8>) {
+    for load in loads {
+        for field in [load.busy_us, load.wait_us, load.wire_us] {
+            bytes.extend(field.to_le_bytes());
+        }
     }
 }
 
@@ -212,19 +269,53 @@ pub fn decode(bytes: &[u8]) -> Result<(Frame, &[u8]), WireError> {
 
 fn decode_step(reader: &mut Reader) -> Result<Step, WireError> {
     let number = reader.u64()?;
+    let in_flight = u16::from_le_bytes(reader.array()?);
+    let fork_count = reader.count(3 * size_of::<u32>())?;
+    let forks = (0..fork_count)
+        .map(|_| decode_fork(reader))
+        .collect::<Result<_, _>>()?;
     let release_count = reader.count(size_of::<u32>())?;
     let release = (0..release_count)
         .map(|_| reader.u32())
         .collect::<Result<_, _>>()?;
+    let loads = match reader.flag()? {
+        false => None,
+        true => {
+            let count = reader.count(LOAD_BYTES)?;
+            Some(decode_loads(reader, count)?)
+        }
+    };
     let entry_count = reader.count(size_of::<u32>())?;
     let entries = (0..entry_count)
         .map(|_| decode_entry(reader))
         .collect::<Result<_, _>>()?;
     Ok(Step {
         number,
+        in_flight,
+        forks,
         release,
+        loads,
         entries,
     })
+}
+
+fn decode_fork(reader: &mut Reader) -> Result<Fork, WireError> {
+    Ok(Fork {
+        from: reader.u32()?,
+        to: reader.u32()?,
+        tokens: reader.u32()?,
+    })
+}
+
+fn decode_loads(reader: &mut Reader, count: usize) -> Result<Vec<Load>, WireError> {
+    let load = |reader: &mut Reader| {
+        Ok(Load {
+            busy_us: reader.u64()?,
+            wait_us: reader.u64()?,
+            wire_us: reader.u64()?,
+        })
+    };
+    (0..count).map(|_| load(reader)).collect()
 }
 
 /// At least one token.
@@ -286,7 +377,12 @@ pub struct Sampled {
     /// The tokens' embeddings, one below the other in the wire dtype, where the last rank looks them
     /// up; else empty.
     pub rows: Vec<u8>,
+    /// The loads of all ranks, in their order, where the step asked for them; else empty.
+    pub loads: Vec<Load>,
 }
+
+/// Bytes of a [`Load`].
+const LOAD_BYTES: usize = 24;
 
 /// Bytes of one sampled token: the token, and where asked for its logprob and the top ones.
 fn record_bytes(logprobs: Option<u8>) -> usize {
@@ -310,21 +406,22 @@ impl Sampled {
                 }
             }
         }
+        encode_loads(&self.loads, &mut bytes);
         bytes.extend(&self.rows);
         bytes
     }
 
-    /// Reads the answer to `step`; `row_bytes` as for [`Step::sampled_bytes`].
+    /// Reads the answer to `step`.
     ///
     /// # Errors
     /// Another length than the step foretells, or another step's number.
-    pub fn decode(step: &Step, row_bytes: usize, bytes: &[u8]) -> Result<Self, WireError> {
-        if bytes.len() != step.sampled_bytes(row_bytes) {
+    pub fn decode(step: &Step, shape: AnswerShape, bytes: &[u8]) -> Result<Self, WireError> {
+        if bytes.len() != step.sampled_bytes(shape) {
             return Err(WireError::Inconsistent(format!(
                 "step {} is answered by {} bytes, expected {}",
                 step.number,
                 bytes.len(),
-                step.sampled_bytes(row_bytes)
+                step.sampled_bytes(shape)
             )));
         }
         let mut reader = Reader { bytes, at: 0 };
@@ -339,9 +436,14 @@ impl Sampled {
             .sampled()
             .map(|(_, sample)| decode_token(&mut reader, sample.logprobs))
             .collect::<Result<_, _>>()?;
+        let loads = match step.loads {
+            None => Vec::new(),
+            Some(_) => decode_loads(&mut reader, shape.ranks)?,
+        };
         Ok(Self {
             step: number,
             tokens,
+            loads,
             rows: bytes[reader.at..].to_vec(),
         })
     }
@@ -460,16 +562,30 @@ mod tests {
     }
 
     fn step() -> impl Strategy<Value = Step> {
+        let fork = any::<[u32; 3]>().prop_map(|[from, to, tokens]| Fork { from, to, tokens });
         (
-            any::<u64>(),
+            any::<(u64, u16)>(),
+            prop::collection::vec(fork, 0..3),
             prop::collection::vec(any::<u32>(), 0..5),
+            prop::option::of(prop::collection::vec(load(), 0..4)),
             prop::collection::vec(entry(), 0..5),
         )
-            .prop_map(|(number, release, entries)| Step {
+            .prop_map(|((number, in_flight), forks, release, loads, entries)| Step {
                 number,
+                in_flight,
+                forks,
                 release,
+                loads,
                 entries,
             })
+    }
+
+    fn load() -> impl Strategy<Value = Load> {
+        any::<[u64; 3]>().prop_map(|[busy_us, wait_us, wire_us]| Load {
+            busy_us,
+            wait_us,
+            wire_us,
+        })
     }
 
     proptest! {
@@ -497,7 +613,12 @@ mod tests {
         }
 
         #[test]
-        fn sampled_tokens_have_the_length_that_the_step_foretells(step in step(), row_bytes in 0usize..9) {
+        fn sampled_tokens_have_the_length_that_the_step_foretells(
+            step in step(),
+            row_bytes in 0usize..9,
+            all_loads in prop::collection::vec(load(), 1..5),
+        ) {
+            let shape = AnswerShape { row_bytes, ranks: all_loads.len() };
             let sampled = Sampled {
                 step: step.number,
                 tokens: step.sampled().map(|(entry, sample)| SampledToken {
@@ -506,11 +627,12 @@ mod tests {
                     top: vec![(7, -1.0); sample.logprobs.unwrap_or(0) as usize],
                 }).collect(),
                 rows: vec![7; row_bytes * step.sampled().count()],
+                loads: if step.loads.is_some() { all_loads } else { Vec::new() },
             };
             let bytes = sampled.encode();
-            prop_assert_eq!(bytes.len(), step.sampled_bytes(row_bytes));
-            prop_assert_eq!(Sampled::decode(&step, row_bytes, &bytes), Ok(sampled));
-            prop_assert!(Sampled::decode(&step, row_bytes, &bytes[1..]).is_err());
+            prop_assert_eq!(bytes.len(), step.sampled_bytes(shape));
+            prop_assert_eq!(Sampled::decode(&step, shape, &bytes), Ok(sampled));
+            prop_assert!(Sampled::decode(&step, shape, &bytes[1..]).is_err());
         }
     }
 
@@ -524,8 +646,8 @@ mod tests {
         };
         let step = Step {
             number: 1,
-            release: vec![],
             entries: vec![entry],
+            ..Step::default()
         };
         assert!(encode(&Frame::Step(step)).len() < 100);
     }

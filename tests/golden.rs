@@ -66,8 +66,8 @@ impl Pipeline {
     fn step(&mut self, entries: Vec<Entry>) -> Vec<Vec<f32>> {
         let step = Step {
             number: self.next,
-            release: Vec::new(),
             entries,
+            ..Step::default()
         };
         self.next += 1;
         let mut payload = Vec::new();

@@ -346,6 +346,26 @@ impl Plan {
         }
     }
 
+    /// The same cut with caches for `sequences` sequences of full length. The caller knows that they fit:
+    /// [`Plan::capacity`].
+    pub fn with_sequences(mut self, sequences: u64) -> Self {
+        for stage in &mut self.stages {
+            let kv_bytes = &mut stage.footprint.kv_bytes;
+            *kv_bytes = *kv_bytes / self.sequences.max(1) * sequences;
+        }
+        self.sequences = sequences;
+        self
+    }
+
+    /// The prompt tokens a step that give the first token of a prompt of [`SAMPLE_PROMPT_TOKENS`] soonest; `None`
+    /// where costs or links are unknown.
+    pub fn best_prefill_chunk(&self) -> Option<u64> {
+        let predictor = self.predictor()?;
+        let tokens = self.sample_prompt_tokens();
+        let chunks = [512, 256, 128, 64, 32].into_iter();
+        chunks.min_by_key(|&chunk| predictor.first_token_ns(tokens, chunk))
+    }
+
     /// The layers of each rank, as `--layers` takes them.
     pub fn layer_ranges(&self) -> LayerRanges {
         LayerRanges(

@@ -107,6 +107,7 @@ pub struct AnswerWriter<W> {
     identity: Identity,
     turn: Turn,
     held: BTreeMap<usize, Rendered>,
+    held_bytes: usize,
     tally: Tally,
     digest: Sha256,
 }
@@ -132,6 +133,13 @@ struct Rendered {
     token_ids: Option<Vec<u32>>,
 }
 
+impl Rendered {
+    fn held_bytes(&self) -> usize {
+        let ids = self.token_ids.as_ref().map_or(0, Vec::len);
+        size_of::<Self>() + self.bytes.len() + ids * size_of::<u32>()
+    }
+}
+
 impl<W: Write> AnswerWriter<W> {
     /// A writer that has written nothing and waits for the answer to request 0.
     pub fn new(output: W, format: Format, identity: Identity) -> AnswerWriter<W> {
@@ -142,6 +150,7 @@ impl<W: Write> AnswerWriter<W> {
             identity,
             turn,
             held,
+            held_bytes: 0,
             tally: Tally::default(),
             digest: Sha256::new(),
         }
@@ -205,6 +214,11 @@ impl<W: Write> AnswerWriter<W> {
         self.take(error.index, rendered)
     }
 
+    /// Bytes of answers that wait for one before them.
+    pub fn held_bytes(&self) -> usize {
+        self.held_bytes
+    }
+
     /// Ends the output.
     ///
     /// # Errors
@@ -229,8 +243,10 @@ impl<W: Write> AnswerWriter<W> {
         if index < self.turn.index || self.held.contains_key(&index) {
             return Err(WriteError::Duplicate { index });
         }
+        self.held_bytes += rendered.held_bytes();
         self.held.insert(index, rendered);
         while let Some(rendered) = self.held.remove(&self.turn.index) {
+            self.held_bytes -= rendered.held_bytes();
             self.write(&rendered).map_err(|cause| self.failed(cause))?;
             self.account(rendered);
         }
