@@ -2,7 +2,7 @@
 
 use super::architecture::Architecture;
 use super::cache::{KvShape, LayerCache};
-use super::engine::{Engine, Part, Parts};
+use super::engine::{Engine, Part, Parts, ensure_held, unknown};
 use super::layer::Layer;
 use super::linear::{Linear, RmsNorm};
 use super::rope::Rope;
@@ -139,6 +139,18 @@ impl Engine for MlxEngine {
         let rows = Array::from_slice(rows, &[rows.len() as i32]);
         let normed = norm.forward(&x.take_axis(rows, 0)?)?;
         Ok(projection.forward(&normed)?.as_dtype(Dtype::Float32)?)
+    }
+
+    /// Holds the tokens twice: arrays are values, so the new sequence has copies.
+    fn fork(&mut self, from: u32, to: u32, tokens: usize) -> Result<()> {
+        let caches = self.caches.get(&from).with_context(|| unknown(from))?;
+        let fork = |cache: &LayerCache| {
+            ensure_held(from, tokens, cache.length())?;
+            cache.fork(tokens)
+        };
+        let forked = caches.iter().map(fork).collect::<Result<_>>()?;
+        self.caches.insert(to, forked);
+        Ok(())
     }
 
     fn release(&mut self, slot: u32) {
