@@ -367,3 +367,18 @@ fn a_sequence_cannot_begin_as_more_than_there_is_of_another() {
         assert!(found.contains("holds only 4 tokens"), "{found}");
     }
 }
+
+#[test]
+fn logits_are_bit_equal_on_any_number_of_threads() {
+    compute_on_the_cpu();
+    let golden = &golden_cases()[0];
+    let ids = &golden.prompts[4].ids;
+    for (kernels, _) in both_kernels() {
+        let mut whole = Whole::load(&files(golden), &kernels);
+        let expected = whole.run_alone(ids, &[]);
+        for threads in [1, THREADS, THREADS + 1, 1, 0] {
+            whole.0.use_threads(threads);
+            assert!(whole.run_alone(ids, &[]) == expected, "{threads} threads");
+        }
+    }
+}

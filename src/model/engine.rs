@@ -88,6 +88,11 @@ pub trait Engine: Debug {
     /// Forgets a sequence, if there is one.
     fn release(&mut self, slot: u32);
 
+    /// Computes on at most so many threads from the next evaluation on, at least one and at most as many as there
+    /// are. No result depends on it. Only for kernels that have threads of their own, and then for all engines that
+    /// share these.
+    fn use_threads(&mut self, threads: usize);
+
     /// Computes only the first `count` layers from now on, and forgets all sequences.
     fn use_layers(&mut self, count: usize);
 

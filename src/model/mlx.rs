@@ -157,6 +157,9 @@ impl Engine for MlxEngine {
         self.caches.remove(&slot);
     }
 
+    /// Nothing: MLX has its own way with the cores.
+    fn use_threads(&mut self, _threads: usize) {}
+
     fn use_layers(&mut self, count: usize) {
         self.caches.clear();
         self.used = count.min(self.layers.len());

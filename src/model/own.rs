@@ -220,6 +220,10 @@ impl Engine for OwnEngine {
         self.caches.remove(&slot);
     }
 
+    fn use_threads(&mut self, threads: usize) {
+        self.machine.pool.limit(threads);
+    }
+
     fn use_layers(&mut self, count: usize) {
         self.caches.clear();
         self.used = count.min(self.layers.len());
