@@ -1,11 +1,12 @@
 //! The model against mlx-lm, without MPI: the stages of every cut run one after another in this process,
 //! passing each other the bytes that ranks would. Logits within 1e-4 of mlx-lm's on MLX's kernels and 1e-3 on our
-//! own, and bit-equal for every cut; on our own also for every chunk and in any company.
+//! own, and bit-equal for every cut; on our own also for every chunk and in any company, and for what begins as
+//! another sequence.
 
 mod common;
 
 use common::{Golden, GoldenPrompt, cuts, golden_cases};
-use mlx_pipe::model::{Kernels, ModelFiles};
+use mlx_pipe::model::{Engine, Kernels, ModelFiles, Part, Parts, Span, Weights};
 use mlx_pipe::pipeline::Compute;
 use mlx_pipe::plan::{
     Device, LayerRanges, Plan, PlanRequest, Strategy, TiedTable, TimeSource, WireDtype, plan,
@@ -270,6 +271,114 @@ fn sequences_that_share_a_step_get_their_own_tokens() {
             assert_eq!(argmax(&second[2]), prompts[1].tokens[1], "{}", golden.name);
             let is_exact = matches!(kernels, Kernels::Own(_));
             assert!(!is_exact || second[1] == alone[0], "{}", golden.name);
+        }
+    }
+}
+
+/// A model in one piece, without a stage around it.
+struct Whole(Box<dyn Engine>);
+
+impl Whole {
+    fn load(files: &ModelFiles, kernels: &Kernels) -> Self {
+        let architecture = &files.architecture;
+        let parts = Parts {
+            architecture,
+            layers: &architecture.layers,
+            table: Some(&architecture.embed_tokens),
+            head: Some(architecture.head_weight()),
+        };
+        let mut weights = Weights::new(files.checkpoint.reader(), mlx_rs::Dtype::Float32);
+        Self(kernels.load(parts, &mut weights).unwrap())
+    }
+
+    /// The logits after the last of the tokens.
+    fn run(&mut self, slot: u32, start: usize, tokens: &[u32]) -> anyhow::Result<Vec<f32>> {
+        let span = Span {
+            row: 0,
+            count: tokens.len(),
+            start,
+        };
+        let x = self.0.look_up(tokens)?;
+        let x = self.0.forward(x, &[Part { slot, span }])?;
+        let logits = self.0.logits(&x, &[tokens.len() as u32 - 1])?;
+        logits.eval()?;
+        Ok(logits.as_slice::<f32>().to_vec())
+    }
+
+    /// The same for a sequence that nothing was computed of before.
+    fn run_alone(&mut self, begin: &[u32], tail: &[u32]) -> Vec<f32> {
+        self.0.release(99);
+        self.run(99, 0, &[begin, tail].concat()).unwrap()
+    }
+}
+
+#[test]
+fn a_sequence_that_begins_as_another_goes_on_as_if_it_were_alone() {
+    compute_on_the_cpu();
+    for golden in golden_cases() {
+        for (kernels, _) in both_kernels() {
+            let mut whole = Whole::load(&files(&golden), &kernels);
+            let same = |ours: &[f32], alone: &[f32]| match kernels {
+                Kernels::Own(_) => ours == alone,
+                Kernels::Mlx => relative_error(ours, alone) < 1e-5,
+            };
+            let [first, tail, other_tail] = [5, 3, 2].map(|index| &golden.prompts[index].ids);
+            // Within a block, whole blocks of ours, and all there is.
+            for shared in [1, 64, 100, first.len()] {
+                whole.run(0, 0, first).unwrap();
+                whole.0.fork(0, 1, shared).unwrap();
+                // The first goes on from within what they share, and the other has to see nothing of that.
+                let ours = whole.run(0, shared - 1, tail).unwrap();
+                let alone = whole.run_alone(&first[..shared - 1], tail);
+                assert!(same(&ours, &alone), "{}: {shared}, first", golden.name);
+                let ours = whole.run(1, shared, other_tail).unwrap();
+                let alone = whole.run_alone(&first[..shared], other_tail);
+                assert!(same(&ours, &alone), "{}: {shared}, other", golden.name);
+                // What the other began as may go, and it may itself be what another begins as.
+                whole.0.release(0);
+                whole.0.fork(1, 2, shared).unwrap();
+                let ours = whole.run(2, shared, tail).unwrap();
+                let alone = whole.run_alone(&first[..shared], tail);
+                assert!(same(&ours, &alone), "{}: {shared}, another", golden.name);
+            }
+        }
+    }
+}
+
+#[test]
+fn a_sequence_cannot_begin_as_more_than_there_is_of_another() {
+    compute_on_the_cpu();
+    let golden = &golden_cases()[0];
+    for (kernels, _) in both_kernels() {
+        let mut whole = Whole::load(&files(golden), &kernels);
+        whole.0.release(7);
+        whole.run(0, 0, &[1, 2, 3, 4, 5]).unwrap();
+        let message = |error: anyhow::Error| format!("{error:#}");
+        let found = message(whole.0.fork(7, 1, 0).unwrap_err());
+        assert!(found.contains("as slot 7, but"), "{found}");
+        let found = message(whole.0.fork(0, 1, 6).unwrap_err());
+        assert!(found.contains("first 6 tokens of slot 0"), "{found}");
+        assert!(found.contains("holds only 5"), "{found}");
+        // Neither has made anything of slot 1, and what begins as four tokens goes on after four at most.
+        let found = message(whole.run(1, 1, &[1]).unwrap_err());
+        assert!(found.contains("holds only 0 tokens"), "{found}");
+        whole.0.fork(0, 1, 4).unwrap();
+        let found = message(whole.run(1, 5, &[1]).unwrap_err());
+        assert!(found.contains("holds only 4 tokens"), "{found}");
+    }
+}
+
+#[test]
+fn logits_are_bit_equal_on_any_number_of_threads() {
+    compute_on_the_cpu();
+    let golden = &golden_cases()[0];
+    let ids = &golden.prompts[4].ids;
+    for (kernels, _) in both_kernels() {
+        let mut whole = Whole::load(&files(golden), &kernels);
+        let expected = whole.run_alone(ids, &[]);
+        for threads in [1, THREADS, THREADS + 1, 1, 0] {
+            whole.0.use_threads(threads);
+            assert!(whole.run_alone(ids, &[]) == expected, "{threads} threads");
         }
     }
 }

@@ -6,7 +6,7 @@
 
 use crate::arch::{Kernel, LANES, Simd};
 use crate::isa::Isa;
-use crate::kv_cache::{BLOCK_TOKENS, HeadShape, KvCache};
+use crate::kv_cache::{BLOCK_TOKENS, HeadShape, KvCache, Places};
 use crate::math::{exp, load_part, store_part};
 use crate::pool::Pool;
 use crate::rows::{Norm, normalise};
@@ -65,11 +65,7 @@ pub fn attend(
         cache.resize(span.start + span.count);
         sequences.push(Sequence {
             span: *span,
-            blocks: cache
-                .blocks
-                .iter_mut()
-                .map(|block| block.as_mut_ptr())
-                .collect(),
+            blocks: cache.places(span.start),
         });
     }
     let task = Task {
@@ -103,7 +99,20 @@ pub fn attend(
 /// A span and the blocks of its cache.
 struct Sequence {
     span: Span,
-    blocks: Vec<*mut f32>,
+    blocks: Places,
+}
+
+impl Sequence {
+    /// The block of a position that the step writes.
+    fn own_block(&self, position: usize) -> *mut f32 {
+        self.blocks.own[position / BLOCK_TOKENS - self.blocks.shared.len()]
+    }
+
+    /// All blocks, in the order of their positions.
+    fn all_blocks(&self) -> impl Iterator<Item = *const f32> {
+        let own = self.blocks.own.iter().map(|block| block.cast_const());
+        self.blocks.shared.iter().copied().chain(own)
+    }
 }
 
 struct Task<'a> {
@@ -116,8 +125,9 @@ struct Task<'a> {
     out: *mut f32,
 }
 
-// SAFETY: the pointers are into slices that `attend` holds, and threads write to places of their own: of queries,
-// keys and values those of a token, of the results those of a unit.
+// SAFETY: the pointers are into slices and caches that `attend` holds, and threads write to places of their own: of
+// queries, keys and values those of a token, of the results those of a unit. Blocks that other caches hold too are
+// only read, here and there.
 unsafe impl Sync for Task<'_> {}
 // SAFETY: as above.
 unsafe impl Sync for Sequence {}
@@ -186,7 +196,7 @@ impl Kernel for Keep<'_> {
             for head in 0..shape.head_count {
                 rotate::<S>(queries.add(head * dim), dim, q_norm, angles, scale);
             }
-            let block = self.sequence.blocks[position / BLOCK_TOKENS];
+            let block = self.sequence.own_block(position);
             let slot = position % BLOCK_TOKENS;
             let keys = queries.add(shape.width());
             let values = keys.add(shape.kv_head_count * dim);
@@ -290,7 +300,7 @@ impl Kernel for Attend<'_> {
         let mut scores = vec![0f32; rows.len() * BLOCK_TOKENS];
         let mut values = vec![0f32; rows.len() * padded];
         let seen = span.start + self.unit.first + self.unit.count;
-        for (index, block) in self.unit.sequence.blocks.iter().enumerate() {
+        for (index, block) in self.unit.sequence.all_blocks().enumerate() {
             let from = index * BLOCK_TOKENS;
             if from >= seen {
                 break;

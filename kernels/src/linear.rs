@@ -164,7 +164,7 @@ fn multiply_places(
         true => BLOCKS_AT_ONCE,
         false => places.len(),
     };
-    let per_unit = match pool.threads() {
+    let per_unit = match pool.limited_threads() {
         1 => most,
         threads => places.len().div_ceil(threads * UNITS_PER_THREAD).min(most),
     };

@@ -3,10 +3,13 @@
 //! Within a step one computation follows the other after microseconds, so a worker without work looks for
 //! more for a short while; then it sleeps, and an idle program takes no processor time. A worker that comes late, because its
 //! core was taken, is not waited for: what there was to do, the others have done.
+//!
+//! A worker beyond the limit sleeps like one without work, and only a job that it may join wakes it: the limit is a
+//! number that jobs and workers read, and to set it costs no more than to write it.
 
 use std::cell::UnsafeCell;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
-use std::sync::{Arc, Condvar, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
@@ -29,10 +32,11 @@ struct Shared {
     open: AtomicBool,
     /// Workers that look at the job.
     inside: AtomicUsize,
-    sleepers: AtomicUsize,
+    /// Threads that may work on a job. The leader is number 0, and always may.
+    limit: AtomicUsize,
+    /// For every worker, number 1 first: it sleeps, or is about to.
+    asleep: Box<[AtomicBool]>,
     ending: AtomicBool,
-    lock: Mutex<()>,
-    wake: Condvar,
 }
 
 // SAFETY: `job` is the one field that is not so by itself. It is written only while the job is closed and nobody
@@ -64,15 +68,14 @@ impl Pool {
             units: AtomicUsize::new(0),
             open: AtomicBool::new(false),
             inside: AtomicUsize::new(0),
-            sleepers: AtomicUsize::new(0),
+            limit: AtomicUsize::new(threads.max(1)),
+            asleep: (1..threads).map(|_| AtomicBool::new(false)).collect(),
             ending: AtomicBool::new(false),
-            lock: Mutex::new(()),
-            wake: Condvar::new(),
         });
         let workers = (1..threads).map_while(|number| {
             let shared = Arc::clone(&shared);
             let thread = std::thread::Builder::new().name(format!("kernels-{number}"));
-            thread.spawn(move || shared.serve()).ok()
+            thread.spawn(move || shared.serve(number)).ok()
         });
         Self {
             workers: workers.collect(),
@@ -86,9 +89,23 @@ impl Pool {
         1 + self.workers.len()
     }
 
-    /// Calls `work` once with every number below `units`, on all threads, and returns when all calls have.
+    /// From the next [`Self::run`] on at most so many threads take part, the caller's among them: at least that one,
+    /// at most all. Costs nothing to speak of, so a step may begin with it.
+    pub fn limit(&self, threads: usize) {
+        let limit = threads.clamp(1, self.threads());
+        self.shared.limit.store(limit, Ordering::SeqCst);
+    }
+
+    /// Threads that take part, as [`Self::limit`] has it: to cut work by. All, to begin with.
+    pub fn limited_threads(&self) -> usize {
+        self.shared.limit.load(Ordering::SeqCst).min(self.threads())
+    }
+
+    /// Calls `work` once with every number below `units`, on the threads that may take part, and returns when all
+    /// calls have.
     pub fn run(&self, units: usize, work: Work) {
-        if units <= 1 || self.workers.is_empty() {
+        let threads = self.limited_threads();
+        if units <= 1 || threads == 1 {
             return (0..units).for_each(work);
         }
         let _leading = self.leader.lock().unwrap_or_else(PoisonError::into_inner);
@@ -102,9 +119,10 @@ impl Pool {
         shared.next.store(0, Ordering::Relaxed);
         shared.open.store(true, Ordering::SeqCst);
         let closing = Closing(shared);
-        if shared.sleepers.load(Ordering::SeqCst) > 0 {
-            let _lock = shared.lock.lock().unwrap_or_else(PoisonError::into_inner);
-            shared.wake.notify_all();
+        for (worker, asleep) in self.workers[..threads - 1].iter().zip(&shared.asleep) {
+            if asleep.load(Ordering::SeqCst) {
+                worker.thread().unpark();
+            }
         }
         shared.work();
         drop(closing);
@@ -148,45 +166,49 @@ impl Shared {
         }
     }
 
-    /// A worker's life.
-    fn serve(&self) {
+    /// The life of worker `number`.
+    fn serve(&self, number: usize) {
         while !self.ending.load(Ordering::SeqCst) {
-            self.await_work();
+            self.await_work(number);
             self.inside.fetch_add(1, Ordering::SeqCst);
             let leaving = Leaving(self);
-            if self.open.load(Ordering::SeqCst) {
+            if self.has_work_for(number) {
                 self.work();
             }
             drop(leaving);
         }
     }
 
-    /// Returns when there may be work.
-    fn await_work(&self) {
+    /// Returns when there may be work, or the end has come.
+    fn await_work(&self, number: usize) {
         let began = Instant::now();
-        loop {
+        while number < self.limit.load(Ordering::SeqCst) && began.elapsed() < LOOK_FOR {
             for _ in 0..LOOKS {
-                if self.has_work() {
+                if self.is_wanted(number) {
                     return;
                 }
                 std::hint::spin_loop();
             }
-            if began.elapsed() > LOOK_FOR {
-                break;
-            }
         }
-        let mut lock = self.lock.lock().unwrap_or_else(PoisonError::into_inner);
-        self.sleepers.fetch_add(1, Ordering::SeqCst);
-        while !self.has_work() {
-            lock = self.wake.wait(lock).unwrap_or_else(PoisonError::into_inner);
+        // Either the job that is opened next sees this, or it is seen below: all three are sequentially consistent.
+        let asleep = &self.asleep[number - 1];
+        asleep.store(true, Ordering::SeqCst);
+        while !self.is_wanted(number) {
+            std::thread::park();
         }
-        self.sleepers.fetch_sub(1, Ordering::SeqCst);
+        asleep.store(false, Ordering::SeqCst);
     }
 
-    /// The job is open and has units that nobody took, or the end has come.
-    fn has_work(&self) -> bool {
-        let has_units = || self.next.load(Ordering::Relaxed) < self.units.load(Ordering::Relaxed);
-        self.ending.load(Ordering::SeqCst) || self.open.load(Ordering::SeqCst) && has_units()
+    fn is_wanted(&self, number: usize) -> bool {
+        self.ending.load(Ordering::SeqCst) || self.has_work_for(number)
+    }
+
+    /// The job is open, has units that nobody took, and this worker may join. The limit is looked at behind the job:
+    /// who sees a job open sees the limit that was set before it.
+    fn has_work_for(&self, number: usize) -> bool {
+        self.open.load(Ordering::SeqCst)
+            && number < self.limit.load(Ordering::SeqCst)
+            && self.next.load(Ordering::Relaxed) < self.units.load(Ordering::Relaxed)
     }
 }
 
@@ -202,15 +224,8 @@ impl Drop for Leaving<'_> {
 impl Drop for Pool {
     fn drop(&mut self) {
         self.shared.ending.store(true, Ordering::SeqCst);
-        {
-            let _lock = self
-                .shared
-                .lock
-                .lock()
-                .unwrap_or_else(PoisonError::into_inner);
-            self.shared.wake.notify_all();
-        }
         for worker in self.workers.drain(..) {
+            worker.thread().unpark();
             // A worker that panicked has said so.
             let _ = worker.join();
         }
@@ -220,21 +235,57 @@ impl Drop for Pool {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::collections::BTreeSet;
+
+    /// Longest that a test waits for what other threads do.
+    const PATIENCE: Duration = Duration::from_secs(60);
+
+    #[track_caller]
+    fn wait_until(is_so: impl Fn() -> bool) {
+        let began = Instant::now();
+        while !is_so() {
+            assert!(began.elapsed() < PATIENCE, "this does not come about");
+            std::thread::yield_now();
+        }
+    }
+
+    fn assert_all_units_are_done_once(pool: &Pool, units: usize) {
+        let counts: Vec<_> = (0..units).map(|_| AtomicUsize::new(0)).collect();
+        pool.run(units, &|unit| {
+            counts[unit].fetch_add(1, Ordering::Relaxed);
+        });
+        let counts = counts.into_iter().map(AtomicUsize::into_inner);
+        assert_eq!(counts.collect::<Vec<_>>(), vec![1; units]);
+    }
+
+    /// The workers that take part in a job of units that take a while; the leader is not named.
+    fn workers_of_a_job(pool: &Pool) -> BTreeSet<String> {
+        let names = Mutex::new(BTreeSet::new());
+        pool.run(50, &|_| {
+            let began = Instant::now();
+            while began.elapsed() < Duration::from_micros(20) {
+                std::hint::spin_loop();
+            }
+            let thread = std::thread::current();
+            let name = thread.name().unwrap_or_default().to_owned();
+            names.lock().unwrap().insert(name);
+        });
+        let mut names = names.into_inner().unwrap();
+        names.retain(|name| name.starts_with("kernels-"));
+        names
+    }
+
+    fn sleepers(pool: &Pool) -> Vec<bool> {
+        let asleep = pool.shared.asleep.iter();
+        asleep.map(|asleep| asleep.load(Ordering::SeqCst)).collect()
+    }
 
     #[test]
     fn every_unit_is_done_once() {
         for threads in [1, 2, 3, 5] {
             let pool = Pool::new(threads);
             for units in [0, 1, 2, 7, 100] {
-                let counts: Vec<_> = (0..units).map(|_| AtomicUsize::new(0)).collect();
-                pool.run(units, &|unit| {
-                    counts[unit].fetch_add(1, Ordering::Relaxed);
-                });
-                assert!(
-                    counts
-                        .iter()
-                        .all(|count| count.load(Ordering::Relaxed) == 1)
-                );
+                assert_all_units_are_done_once(&pool, units);
             }
         }
     }
@@ -262,5 +313,52 @@ mod tests {
             });
             assert_eq!(sum.into_inner(), 3 + 3 * round);
         }
+    }
+
+    #[test]
+    fn every_unit_is_done_once_under_limits_that_change() {
+        let pool = Pool::new(4);
+        for round in 0..5_000 {
+            // 0 and 5 are no numbers of threads that it has.
+            let limit = (7 * round) % 6;
+            pool.limit(limit);
+            assert_eq!(pool.limited_threads(), limit.clamp(1, 4));
+            assert_all_units_are_done_once(&pool, round % 20);
+        }
+    }
+
+    #[test]
+    fn workers_beyond_the_limit_take_no_unit_and_the_others_do() {
+        let pool = Pool::new(4);
+        for limit in [4, 1, 3, 2, 4, 2, 1] {
+            pool.limit(limit);
+            let allowed: BTreeSet<_> = (1..limit)
+                .map(|number| format!("kernels-{number}"))
+                .collect();
+            let seen = Mutex::new(BTreeSet::new());
+            wait_until(|| {
+                let mut seen = seen.lock().unwrap();
+                seen.append(&mut workers_of_a_job(&pool));
+                assert!(
+                    seen.is_subset(&allowed),
+                    "{seen:?} under a limit of {limit}"
+                );
+                *seen == allowed
+            });
+            assert!(workers_of_a_job(&pool).is_subset(&allowed));
+        }
+    }
+
+    #[test]
+    fn workers_beyond_the_limit_sleep_while_others_work() {
+        let pool = Pool::new(4);
+        pool.limit(2);
+        wait_until(|| sleepers(&pool)[1..] == [true, true]);
+        for units in 0..1_000 {
+            pool.run(units % 10, &|_| {});
+            assert_eq!(sleepers(&pool)[1..], [true, true]);
+        }
+        pool.limit(4);
+        wait_until(|| workers_of_a_job(&pool).contains("kernels-3"));
     }
 }

@@ -43,6 +43,33 @@ impl LayerCache {
         })
     }
 
+    /// Tokens held.
+    pub fn length(&self) -> usize {
+        self.length as usize
+    }
+
+    /// A cache of the first `tokens` tokens, in memory of its own as soon as either is written. Evaluated here: a
+    /// copy yet to be made would keep all of this cache's arrays until then.
+    ///
+    /// # Panics
+    /// This cache holds fewer tokens.
+    pub fn fork(&self, tokens: usize) -> Result<Self> {
+        assert!(tokens <= self.length());
+        let blocks = tokens.div_ceil(BLOCK_TOKENS as usize).max(1) as i32;
+        let copy = |of: &Array| -> Result<Array> {
+            let first = of.try_index((.., .., ..blocks * BLOCK_TOKENS, ..))?;
+            let copied = first.contiguous()?;
+            copied.eval()?;
+            Ok(copied)
+        };
+        Ok(Self {
+            keys: copy(&self.keys)?,
+            values: copy(&self.values)?,
+            length: tokens as i32,
+            shape: self.shape,
+        })
+    }
+
     /// Forgets everything from position `length` on.
     ///
     /// # Errors

@@ -6,7 +6,7 @@ use super::architecture::{Architecture, LayerSpec, LinearSpec};
 use super::mlx::MlxEngine;
 use super::own::{Machine, OwnEngine};
 use super::weights::Weights;
-use anyhow::Result;
+use anyhow::{Result, ensure};
 use mlx_pipe_kernels::Span;
 use mlx_rs::Array;
 use std::fmt::Debug;
@@ -77,8 +77,21 @@ pub trait Engine: Debug {
     /// The stage has no head.
     fn logits(&self, x: &Array, rows: &[u32]) -> Result<Array>;
 
-    /// Forgets a sequence.
+    /// The sequence `to` begins as the first `tokens` tokens of `from`, and what it was before is forgotten. They are
+    /// not computed again. Our own kernels hold them once, for both sequences; MLX's twice. Only what has been
+    /// evaluated of `from` counts.
+    ///
+    /// # Errors
+    /// `from` is unknown or holds fewer tokens: nothing has changed then.
+    fn fork(&mut self, from: u32, to: u32, tokens: usize) -> Result<()>;
+
+    /// Forgets a sequence, if there is one.
     fn release(&mut self, slot: u32);
+
+    /// Computes on at most so many threads from the next evaluation on, at least one and at most as many as there
+    /// are. No result depends on it. Only for kernels that have threads of their own, and then for all engines that
+    /// share these.
+    fn use_threads(&mut self, threads: usize);
 
     /// Computes only the first `count` layers from now on, and forgets all sequences.
     fn use_layers(&mut self, count: usize);
@@ -88,4 +101,18 @@ pub trait Engine: Debug {
     /// # Errors
     /// MLX cannot make the arrays.
     fn pretend_cached(&mut self, slot: u32, tokens: usize) -> Result<()>;
+}
+
+/// Why a sequence cannot begin as one that is not there.
+pub(super) fn unknown(slot: u32) -> String {
+    format!("a sequence is to begin as slot {slot}, but this rank holds no such slot")
+}
+
+/// A sequence can begin as no more than there is of another.
+pub(super) fn ensure_held(slot: u32, tokens: usize, held: usize) -> Result<()> {
+    ensure!(
+        tokens <= held,
+        "a sequence is to begin as the first {tokens} tokens of slot {slot}, but this rank's cache holds only {held}"
+    );
+    Ok(())
 }

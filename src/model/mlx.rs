@@ -2,7 +2,7 @@
 
 use super::architecture::Architecture;
 use super::cache::{KvShape, LayerCache};
-use super::engine::{Engine, Part, Parts};
+use super::engine::{Engine, Part, Parts, ensure_held, unknown};
 use super::layer::Layer;
 use super::linear::{Linear, RmsNorm};
 use super::rope::Rope;
@@ -141,9 +141,24 @@ impl Engine for MlxEngine {
         Ok(projection.forward(&normed)?.as_dtype(Dtype::Float32)?)
     }
 
+    /// Holds the tokens twice: arrays are values, so the new sequence has copies.
+    fn fork(&mut self, from: u32, to: u32, tokens: usize) -> Result<()> {
+        let caches = self.caches.get(&from).with_context(|| unknown(from))?;
+        let fork = |cache: &LayerCache| {
+            ensure_held(from, tokens, cache.length())?;
+            cache.fork(tokens)
+        };
+        let forked = caches.iter().map(fork).collect::<Result<_>>()?;
+        self.caches.insert(to, forked);
+        Ok(())
+    }
+
     fn release(&mut self, slot: u32) {
         self.caches.remove(&slot);
     }
+
+    /// Nothing: MLX has its own way with the cores.
+    fn use_threads(&mut self, _threads: usize) {}
 
     fn use_layers(&mut self, count: usize) {
         self.caches.clear();

@@ -2,7 +2,7 @@
 //! loaded, its caches in blocks of 64 tokens.
 
 use super::architecture::{Architecture, LayerSpec, LinearSpec, NormSpec};
-use super::engine::{Engine, Part, Parts};
+use super::engine::{Engine, Part, Parts, ensure_held, unknown};
 use super::rope::frequencies;
 use super::weights::Weights;
 use anyhow::{Context, Result, anyhow, ensure};
@@ -203,8 +203,25 @@ impl Engine for OwnEngine {
         computed(&[x], &shape, compute).context("MLX cannot make an array")
     }
 
+    /// Holds the tokens once: both sequences' caches share their blocks.
+    fn fork(&mut self, from: u32, to: u32, tokens: usize) -> Result<()> {
+        let caches = self.caches.get(&from).with_context(|| unknown(from))?;
+        let share = |cache: &Cache| {
+            let cache = lock(cache);
+            ensure_held(from, tokens, cache.length())?;
+            Ok(Arc::new(Mutex::new(cache.share(tokens))))
+        };
+        let forked = caches.iter().map(share).collect::<Result<_>>()?;
+        self.caches.insert(to, forked);
+        Ok(())
+    }
+
     fn release(&mut self, slot: u32) {
         self.caches.remove(&slot);
+    }
+
+    fn use_threads(&mut self, threads: usize) {
+        self.machine.pool.limit(threads);
     }
 
     fn use_layers(&mut self, count: usize) {

@@ -3,6 +3,7 @@
 use super::{Numbers, assert_same_bits, relative_error};
 use crate::*;
 use proptest::prelude::*;
+use std::sync::Arc;
 
 /// Queries, keys and values of the tokens of one sequence, from position 0 on.
 struct Sequence {
@@ -122,6 +123,20 @@ fn sequence(shape: HeadShape, tokens: usize, numbers: &mut Numbers) -> Sequence 
     }
 }
 
+/// The first `tokens` tokens of a sequence, and new ones up to `end`.
+fn branch(
+    shape: HeadShape,
+    from: &Sequence,
+    tokens: usize,
+    end: usize,
+    numbers: &mut Numbers,
+) -> Sequence {
+    let mut branch = sequence(shape, end, numbers);
+    let shared = tokens * shape.qkv_width();
+    branch.qkv[..shared].copy_from_slice(&from.qkv[..shared]);
+    branch
+}
+
 fn shapes() -> impl Strategy<Value = HeadShape> {
     (1..4usize, 1..4usize, 1..20usize).prop_map(|(kv_head_count, group, half)| HeadShape {
         head_count: kv_head_count * group,
@@ -161,6 +176,129 @@ proptest! {
             assert_same_bits(&found, &alone, isa.name());
         }
     }
+
+    #[test]
+    fn caches_that_share_blocks_give_the_bits_of_caches_of_their_own(
+        shape in shapes(), tokens in 1..200usize, part in 0.0..1.0, cut in 0.0..1.0,
+        chunk in 1..70usize, seed: u64,
+    ) {
+        let mut numbers = Numbers::new(seed);
+        let attention = attention(shape, false, &mut numbers);
+        let shared = (part * tokens as f64) as usize;
+        let cut = (cut * tokens as f64) as usize;
+        let first = sequence(shape, tokens + 1, &mut numbers);
+        // One goes on from what it shares, the other from where it is cut back to: to the same length.
+        let other = branch(shape, &first, shared, tokens + 70, &mut numbers);
+        let again = branch(shape, &first, cut, tokens + 70, &mut numbers);
+        let alone = |sequence: &Sequence, from: usize| {
+            let parts = [(sequence, 0..sequence.tokens)];
+            let caches = &mut [&mut KvCache::new(shape)];
+            step(Isa::Scalar, 1, &attention, &parts, caches).split_off(from * shape.width())
+        };
+        let isa = Isa::chosen().unwrap();
+        let mut cache = KvCache::new(shape);
+        step(isa, 2, &attention, &[(&first, 0..tokens)], &mut [&mut cache]);
+        let (mut of_other, mut kept) = (cache.share(shared), cache.share(tokens));
+        cache.resize(cut);
+        let mut found = [Vec::new(), Vec::new()];
+        let mut at = [shared, cut];
+        while at != [other.tokens, again.tokens] {
+            let end = at.map(|at| (at + chunk).min(other.tokens));
+            let parts = [(&other, at[0]..end[0]), (&again, at[1]..end[1])];
+            let both = step(isa, 2, &attention, &parts, &mut [&mut of_other, &mut cache]);
+            let (of_first, of_second) = both.split_at((end[0] - at[0]) * shape.width());
+            found[0].extend_from_slice(of_first);
+            found[1].extend_from_slice(of_second);
+            at = end;
+        }
+        assert_same_bits(&found[0], &alone(&other, shared), "what shares");
+        assert_same_bits(&found[1], &alone(&again, cut), "what was shared");
+        let last = step(isa, 2, &attention, &[(&first, tokens..tokens + 1)], &mut [&mut kept]);
+        assert_same_bits(&last, &alone(&first, tokens), "what waited");
+    }
+}
+
+/// A small shape, its attention, and a cache of so many tokens of a sequence.
+fn filled(tokens: usize) -> (Attention, Sequence, KvCache) {
+    let shape = HeadShape {
+        head_count: 2,
+        kv_head_count: 1,
+        head_dim: 8,
+    };
+    let mut numbers = Numbers::new(5);
+    let attention = attention(shape, false, &mut numbers);
+    let own = sequence(shape, 300, &mut numbers);
+    let mut cache = KvCache::new(shape);
+    go_on(&attention, &own, &mut cache, tokens);
+    (attention, own, cache)
+}
+
+/// Computes the sequence up to `end`.
+fn go_on(attention: &Attention, own: &Sequence, cache: &mut KvCache, end: usize) {
+    let part = (own, cache.length()..end);
+    step(Isa::Scalar, 1, attention, &[part], &mut [cache]);
+}
+
+/// Which blocks of two caches are the same memory.
+fn same_blocks(one: &KvCache, other: &KvCache) -> Vec<bool> {
+    let blocks = one.blocks.iter().zip(&other.blocks);
+    blocks.map(|(one, other)| Arc::ptr_eq(one, other)).collect()
+}
+
+#[test]
+fn whole_blocks_stay_shared_and_one_in_part_is_copied_when_it_is_written() {
+    let (attention, own, cache) = filled(130);
+    let mut whole = cache.share(128);
+    assert_eq!(whole.blocks.len(), 2);
+    go_on(&attention, &own, &mut whole, 200);
+    assert_eq!(same_blocks(&cache, &whole), [true, true, false]);
+    assert_eq!(Arc::strong_count(&cache.blocks[1]), 2);
+
+    let mut in_part = cache.share(100);
+    assert_eq!(same_blocks(&cache, &in_part), [true, true]);
+    go_on(&attention, &own, &mut in_part, 101);
+    assert_eq!(same_blocks(&cache, &in_part), [true, false]);
+    assert_eq!(cache.share(0).blocks.len(), 0);
+}
+
+#[test]
+fn who_holds_a_block_last_writes_it_in_place() {
+    let (attention, own, cache) = filled(100);
+    let mut last = cache.share(100);
+    let block = Arc::as_ptr(&cache.blocks[1]);
+    drop(cache);
+    go_on(&attention, &own, &mut last, 101);
+    assert_eq!(Arc::as_ptr(&last.blocks[1]), block);
+}
+
+#[test]
+fn a_block_is_freed_when_the_last_cache_that_holds_it_goes() {
+    let (_, _, cache) = filled(128);
+    let block = Arc::downgrade(&cache.blocks[0]);
+    let other = cache.share(64);
+    let another = other.share(64);
+    drop(cache);
+    drop(other);
+    assert!(block.upgrade().is_some());
+    drop(another);
+    assert!(block.upgrade().is_none());
+}
+
+#[test]
+fn a_cache_cut_back_keeps_memory_of_its_own_and_gives_up_what_it_shares() {
+    let (_, _, mut cache) = filled(250);
+    let shared = cache.share(128);
+    cache.resize(10);
+    // The second block is the other's, the third and the fourth are still this one's.
+    assert_eq!(same_blocks(&cache, &shared), [true, false]);
+    assert_eq!(cache.blocks.len(), 3);
+    assert_eq!(Arc::strong_count(&shared.blocks[1]), 1);
+}
+
+#[test]
+#[should_panic(expected = "11 tokens of 10 are shared")]
+fn no_more_tokens_can_be_shared_than_are_held() {
+    filled(10).2.share(11);
 }
 
 #[test]
