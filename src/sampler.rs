@@ -3,10 +3,24 @@
 //!
 //! Order: repetition penalty, temperature, top-k, top-p, min-p, then one draw. Equal logits are
 //! ordered by token id, so that no sort can decide.
+//!
+//! All ranks wait for this, so the logits are sorted only as far down as the draw looks, and never
+//! copied as a whole. Float operations have a fixed order: weights are added best first, but those of
+//! the whole vocabulary as `Penalized::total` says.
 
 use crate::wire::{SampleParams, SampledToken, Step};
-use std::borrow::Cow;
 use std::collections::HashMap;
+use std::f64::consts::LOG2_E;
+
+/// Tokens read at a time: 4 KiB of logits, which stay in the first-level cache.
+const BLOCK: usize = 1024;
+/// Tokens that selection passes over together if even the best of them is too bad.
+const CHUNK: usize = 64;
+/// Partial sums of a total; as many f64 as the widest vectors hold.
+const LANES: usize = 8;
+/// Tokens ranked first, of which a draw rarely needs more; each further batch is larger by `GROWTH`.
+const BATCH: usize = 256;
+const GROWTH: usize = 8;
 
 /// Samples for a run: knows the tokens of every sequence in flight, which the penalty looks at.
 #[derive(Debug, Default)]
@@ -31,18 +45,38 @@ impl Sampler {
             .map(|((entry, params), logits)| sample(logits, params, &self.histories[&entry.slot]))
             .collect()
     }
+
+    /// Slot `to` holds a sequence that begins as the first `tokens` tokens of the one in `from`, which
+    /// stays as it is. What `to` held is forgotten.
+    ///
+    /// # Panics
+    /// If `from` has fewer tokens, or is `to`.
+    pub fn fork(&mut self, from: u32, to: u32, tokens: usize) {
+        assert_ne!(from, to, "a sequence is forked into its own slot");
+        let history = self.histories.get(&from).map_or(&[][..], Vec::as_slice);
+        assert!(
+            tokens <= history.len(),
+            "{tokens} tokens forked from slot {from}, which has {}",
+            history.len()
+        );
+        let history = history[..tokens].to_vec();
+        self.histories.insert(to, history);
+    }
 }
 
 /// Picks the token that follows `history` (prompt and answer so far; the penalty looks at all of it).
 ///
 /// `logits`: one f32 for every token of the vocabulary, none of them NaN (the stage sees to that).
 pub fn sample(logits: &[f32], params: &SampleParams, history: &[u32]) -> SampledToken {
-    let penalized = penalize(logits, params.repetition_penalty, history);
+    let penalized = Penalized::new(logits, params.repetition_penalty, history);
     let token = if params.temperature == 0.0 {
-        ranked(&penalized, 1).first().copied().unwrap_or(0)
+        penalized.best().map_or(0, |(token, _)| token)
     } else {
-        let candidates = candidates(&penalized, params);
-        draw(&candidates, uniform(params.seed, history.len() as u64))
+        drawn(
+            &penalized,
+            params,
+            uniform(params.seed, history.len() as u64),
+        )
     };
     let (logprob, top) = logprobs(logits, token, params.logprobs);
     SampledToken {
@@ -52,97 +86,287 @@ pub fn sample(logits: &[f32], params: &SampleParams, history: &[u32]) -> Sampled
     }
 }
 
-/// The penalty of Keskar et al. 2019 (CTRL): tokens already seen lose, once each.
-fn penalize<'a>(logits: &'a [f32], penalty: f32, history: &[u32]) -> Cow<'a, [f32]> {
-    if penalty == 1.0 {
-        return Cow::Borrowed(logits);
+/// Logits under the penalty of Keskar et al. 2019 (CTRL): tokens already seen lose, once each.
+struct Penalized<'a> {
+    logits: &'a [f32],
+    penalty: f32,
+    /// A bit for every token, set where it was seen; empty where there is no penalty.
+    seen: Vec<[u64; BLOCK / 64]>,
+}
+
+impl<'a> Penalized<'a> {
+    fn new(logits: &'a [f32], penalty: f32, history: &[u32]) -> Self {
+        let mut seen = Vec::new();
+        if penalty != 1.0 {
+            seen.resize(logits.len().div_ceil(BLOCK), [0; BLOCK / 64]);
+            for token in history.iter().map(|&token| token as usize) {
+                if token < logits.len() {
+                    seen[token / BLOCK][token % BLOCK / 64] |= 1 << (token % 64);
+                }
+            }
+        }
+        Self {
+            logits,
+            penalty,
+            seen,
+        }
     }
-    let mut logits = logits.to_vec();
-    let mut seen = history.to_vec();
-    seen.sort_unstable();
-    seen.dedup();
-    for token in seen {
-        if let Some(logit) = logits.get_mut(token as usize) {
+
+    fn unpenalized(logits: &'a [f32]) -> Self {
+        Self::new(logits, 1.0, &[])
+    }
+
+    /// Shows all logits in the order of their tokens, `BLOCK` at a time, with the first one's token.
+    fn for_each_block(&self, mut visit: impl FnMut(u32, &[f32])) {
+        let mut buffer = [0.0; BLOCK];
+        for (index, mut block) in self.logits.chunks(BLOCK).enumerate() {
+            if let Some(seen) = self.seen.get(index)
+                && *seen != [0; BLOCK / 64]
+            {
+                let copy = &mut buffer[..block.len()];
+                copy.copy_from_slice(block);
+                penalize(copy, seen, self.penalty);
+                block = copy;
+            }
+            visit((index * BLOCK) as u32, block);
+        }
+    }
+
+    /// The token of the largest logit, the lowest of equals, and the logit.
+    fn best(&self) -> Option<(u32, f32)> {
+        let mut best = None;
+        self.for_each_block(|first, block| {
+            let largest = largest(block);
+            if best.is_none_or(|(_, other)| largest > other) {
+                let mut orders = block.iter().map(|&logit| order(logit));
+                let index = orders.position(|order| order == largest);
+                best = index.map(|index| (first + index as u32, largest));
+            }
+        });
+        best.map(|(token, order)| (token, from_order(order)))
+    }
+
+    /// All tokens and their logits, best first, equal ones by token id. Sorted in batches, the first of
+    /// which has `count` tokens, as they are asked for.
+    fn ranked(&self, mut count: usize) -> impl Iterator<Item = (u32, f32)> {
+        let mut from = i64::MIN;
+        std::iter::from_fn(move || {
+            let batch = self.best_places(from, count);
+            from = batch.last()? + 1;
+            count = count.saturating_mul(GROWTH);
+            Some(batch)
+        })
+        .flatten()
+        .map(|place| (place as u32, from_order(!((place >> 32) as i32))))
+    }
+
+    /// The `count` first [`place`]s that are not before `from`, in order.
+    fn best_places(&self, from: i64, count: usize) -> Vec<i64> {
+        let room = count.saturating_mul(2);
+        let mut kept = Vec::with_capacity(room.min(self.logits.len()));
+        let mut end = i64::MAX;
+        self.for_each_block(|first, block| {
+            for (chunk, first) in block.chunks(CHUNK).zip((first..).step_by(CHUNK)) {
+                if place(largest(chunk), 0) >= end {
+                    continue;
+                }
+                for (&logit, token) in chunk.iter().zip(first..) {
+                    let place = place(order(logit), token);
+                    if from <= place && place < end {
+                        kept.push(place);
+                        if kept.len() == room {
+                            end = keep_first(&mut kept, count);
+                        }
+                    }
+                }
+            }
+        });
+        if kept.len() > count {
+            keep_first(&mut kept, count);
+        }
+        kept.sort_unstable();
+        kept
+    }
+
+    /// Sum of all weights: `LANES` partial sums, each of the tokens whose id leaves the same remainder,
+    /// in the order of the ids; then the partial sums from first to last.
+    fn total(&self, weights: Weights) -> f64 {
+        let mut lanes = [0.0; LANES];
+        self.for_each_block(|_, block| lanes = weights.add(lanes, block));
+        lanes.iter().sum()
+    }
+}
+
+fn penalize(block: &mut [f32], seen: &[u64; BLOCK / 64], penalty: f32) {
+    for (logits, mut bits) in block.chunks_mut(64).zip(seen.iter().copied()) {
+        while bits != 0 {
+            let logit = &mut logits[bits.trailing_zeros() as usize];
             *logit = match *logit > 0.0 {
                 true => *logit / penalty,
                 false => *logit * penalty,
             };
+            bits &= bits - 1;
         }
     }
-    Cow::Owned(logits)
 }
 
-/// The `count` tokens of the largest logits, best first; equal logits by token id.
-fn ranked(logits: &[f32], count: usize) -> Vec<u32> {
-    let by_rank = |a: &u32, b: &u32| {
-        let (x, y) = (logits[*a as usize], logits[*b as usize]);
-        y.total_cmp(&x).then(a.cmp(b))
-    };
-    let mut order: Vec<u32> = (0..logits.len() as u32).collect();
-    if count < order.len() {
-        order.select_nth_unstable_by(count, by_rank);
-        order.truncate(count);
-    }
-    order.sort_unstable_by(by_rank);
-    order
+/// A number that is larger for the larger logit, as [`f32::total_cmp`] has it. Integers, because their
+/// maximum becomes vector instructions.
+fn order(logit: f32) -> i32 {
+    flip_magnitude_of_negatives(logit.to_bits() as i32)
 }
 
-/// Tokens that may be drawn, most likely first, with weights relative to the best (which has 1).
-fn candidates(logits: &[f32], params: &SampleParams) -> Vec<(u32, f64)> {
-    let kept = match params.top_k as usize {
-        0 => logits.len(),
-        top_k => top_k,
-    };
-    let order = ranked(logits, kept);
-    let largest = order.first().map_or(0.0, |&token| logits[token as usize]) as f64;
-    let mut candidates: Vec<(u32, f64)> = order
-        .into_iter()
-        .map(|token| {
-            let relative = (logits[token as usize] as f64 - largest) / params.temperature as f64;
-            // The best weighs 1 even where infinite logits make the difference NaN.
-            (
-                token,
-                if relative.is_nan() {
-                    1.0
-                } else {
-                    relative.exp()
-                },
-            )
-        })
-        .collect();
-    candidates.truncate(nucleus(&candidates, params.top_p as f64));
-    candidates.retain(|(_, weight)| *weight >= params.min_p as f64);
-    candidates
+fn from_order(order: i32) -> f32 {
+    f32::from_bits(flip_magnitude_of_negatives(order) as u32)
 }
 
-/// Length of the shortest head of `candidates` that holds the share `top_p` of the weight.
-fn nucleus(candidates: &[(u32, f64)], top_p: f64) -> usize {
-    if top_p >= 1.0 {
-        return candidates.len();
-    }
-    let target = top_p * candidates.iter().map(|(_, weight)| weight).sum::<f64>();
-    let mut sum = 0.0;
-    for (index, (_, weight)) in candidates.iter().enumerate() {
-        sum += weight;
-        if sum >= target {
-            return index + 1;
+fn flip_magnitude_of_negatives(bits: i32) -> i32 {
+    bits ^ ((bits >> 31) as u32 >> 1) as i32
+}
+
+fn largest(logits: &[f32]) -> i32 {
+    let orders = logits.iter().map(|&logit| order(logit));
+    orders.fold(i32::MIN, i32::max)
+}
+
+/// Where a token stands in the ranking: smaller for the larger logit, then for the lower id.
+fn place(order: i32, token: u32) -> i64 {
+    (i64::from(!order) << 32) | i64::from(token)
+}
+
+/// Keeps the `count` first of more places, in any order, and returns the one that follows them.
+fn keep_first(places: &mut Vec<i64>, count: usize) -> i64 {
+    let (_, &mut next, _) = places.select_nth_unstable(count);
+    places.truncate(count);
+    next
+}
+
+/// Probabilities at a temperature, relative to that of the largest logit.
+#[derive(Clone, Copy)]
+struct Weights {
+    largest: f64,
+    inverse_temperature: f64,
+}
+
+impl Weights {
+    fn new(largest: f32, temperature: f32) -> Self {
+        Self {
+            largest: largest as f64,
+            inverse_temperature: 1.0 / temperature as f64,
         }
     }
-    candidates.len()
+
+    fn of(self, logit: f32) -> f64 {
+        let relative = (logit as f64 - self.largest) * self.inverse_temperature;
+        // The best weighs 1 even where infinite logits make the difference NaN.
+        exp(if relative < 0.0 { relative } else { 0.0 })
+    }
+
+    /// Adds each logit's weight to the next lane. The lanes go in and out by value, so that they stay
+    /// in registers.
+    fn add(self, mut lanes: [f64; LANES], logits: &[f32]) -> [f64; LANES] {
+        let (rows, rest) = logits.as_chunks::<LANES>();
+        for row in rows {
+            lanes = std::array::from_fn(|lane| lanes[lane] + self.of(row[lane]));
+        }
+        for (lane, &logit) in lanes.iter_mut().zip(rest) {
+            *lane += self.of(logit);
+        }
+        lanes
+    }
 }
 
-/// The candidate at the share `at` (0 <= at < 1) of the total weight.
-fn draw(candidates: &[(u32, f64)], at: f64) -> u32 {
-    let target = at * candidates.iter().map(|(_, weight)| weight).sum::<f64>();
+/// e^x for x <= 0 with a relative error of 1e-14, 0 below -708. Not [`f64::exp`], which may round
+/// otherwise on another platform, and does not become vector instructions.
+///
+/// As usual, x = n ln 2 + r with an integer n: a Taylor series of r, times 2^n by way of the exponent's
+/// bits. ln 2 is in two parts, the high one short enough for n times it to be exact (Cody & Waite 1980).
+fn exp(x: f64) -> f64 {
+    const LN_2_HIGH: f64 = f64::from_bits(0x3FE6_2E42_FEE0_0000);
+    const LN_2_LOW: f64 = f64::from_bits(0x3DEA_39EF_3579_3C76);
+    // Added to a number, leaves it no bits behind the point: the integer stands in the lowest.
+    const TO_INTEGER: f64 = 1.5 * (1u64 << 52) as f64;
+    let shifted = x * LOG2_E + TO_INTEGER;
+    let n = shifted - TO_INTEGER;
+    let r = (x - n * LN_2_HIGH) - n * LN_2_LOW;
+    let scaled = f64::from_bits(series(r).to_bits().wrapping_add(shifted.to_bits() << 52));
+    if x < -708.0 { 0.0 } else { scaled }
+}
+
+/// The sum of r^k / k! for k up to 11: for |r| <= ln 2 / 2 the rest is below 1e-14. In pairs (Estrin's
+/// scheme), because a chain of 11 multiplications would have to wait for each.
+fn series(r: f64) -> f64 {
+    let (r2, r4) = (r * r, (r * r) * (r * r));
+    let head = (1.0 + r) + (1.0 / 2.0 + r * (1.0 / 6.0)) * r2;
+    let middle = (1.0 / 24.0 + r * (1.0 / 120.0)) + (1.0 / 720.0 + r * (1.0 / 5_040.0)) * r2;
+    let tail = (1.0 / 40_320.0 + r * (1.0 / 362_880.0))
+        + (1.0 / 3_628_800.0 + r * (1.0 / 39_916_800.0)) * r2;
+    (head + middle * r4) + tail * (r4 * r4)
+}
+
+/// The token at the share `at` (0 <= at < 1) of the weight of those that top-k, top-p and min-p leave.
+fn drawn(logits: &Penalized, params: &SampleParams, at: f64) -> u32 {
+    let (top_p, min_p) = (params.top_p as f64, params.min_p as f64);
+    let top_k =
+        Some(params.top_k as usize).filter(|top_k| (1..logits.logits.len()).contains(top_k));
+    let mut ranked = logits.ranked(top_k.unwrap_or(BATCH)).peekable();
+    let Some(&(_, largest)) = ranked.peek() else {
+        return 0;
+    };
+    let weights = Weights::new(largest, params.temperature);
+    let weighted = ranked
+        .map(|(token, logit)| (token, weights.of(logit)))
+        .take_while(|(_, weight)| *weight > 0.0);
+    let mut candidates: Vec<(u32, f64)>;
+    if let Some(top_k) = top_k {
+        candidates = weighted.take(top_k).collect();
+        if top_p < 1.0 {
+            let target = top_p * sum(&candidates);
+            candidates = nucleus(candidates.into_iter(), target);
+        }
+    } else if top_p < 1.0 {
+        candidates = nucleus(weighted, top_p * logits.total(weights));
+    } else if min_p > 0.0 {
+        candidates = weighted
+            .take_while(|(_, weight)| *weight >= min_p)
+            .collect();
+    } else {
+        return draw(weighted, at * logits.total(weights));
+    }
+    candidates.retain(|(_, weight)| *weight >= min_p);
+    let target = at * sum(&candidates);
+    draw(candidates.into_iter(), target)
+}
+
+fn sum(candidates: &[(u32, f64)]) -> f64 {
+    candidates.iter().map(|(_, weight)| weight).sum()
+}
+
+/// The shortest head of `candidates` that weighs `target`; all if none does.
+fn nucleus(candidates: impl Iterator<Item = (u32, f64)>, target: f64) -> Vec<(u32, f64)> {
     let mut sum = 0.0;
+    let mut head = Vec::new();
     for (token, weight) in candidates {
         sum += weight;
-        if target < sum {
-            return *token;
+        head.push((token, weight));
+        if sum >= target {
+            break;
         }
     }
-    // Rounding can leave the target at the very end.
-    candidates.last().map_or(0, |(token, _)| *token)
+    head
+}
+
+/// The first candidate with which the weights sum to more than `target`. Rounding can leave the target
+/// at the very end: then the last.
+fn draw(candidates: impl Iterator<Item = (u32, f64)>, target: f64) -> u32 {
+    let (mut sum, mut drawn) = (0.0, 0);
+    for (token, weight) in candidates {
+        (sum, drawn) = (sum + weight, token);
+        if target < sum {
+            break;
+        }
+    }
+    drawn
 }
 
 /// A number in [0, 1) that is a function of its arguments alone: two rounds of SplitMix64's finaliser
@@ -161,23 +385,22 @@ pub fn mix(value: u64) -> u64 {
 }
 
 /// Natural logarithms of the softmax of the logits as the model gave them: the token's own, and the
-/// `count` largest.
+/// `count` largest. NaN where infinite logits leave no softmax.
 fn logprobs(logits: &[f32], token: u32, count: Option<u8>) -> (Option<f32>, Vec<(u32, f32)>) {
     let Some(count) = count else {
         return (None, Vec::new());
     };
-    let largest = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max) as f64;
-    let sum: f64 = logits
-        .iter()
-        .map(|&logit| (logit as f64 - largest).exp())
-        .sum();
-    let normalizer = largest + sum.ln();
-    let logprob = |token: u32| (logits[token as usize] as f64 - normalizer) as f32;
-    let top = ranked(logits, count as usize)
-        .into_iter()
-        .map(|id| (id, logprob(id)))
-        .collect();
-    (Some(logprob(token)), top)
+    let unpenalized = Penalized::unpenalized(logits);
+    let normalizer = match unpenalized.best() {
+        Some((_, largest)) if largest.is_finite() => {
+            largest as f64 + unpenalized.total(Weights::new(largest, 1.0)).ln()
+        }
+        _ => f64::NAN,
+    };
+    let logprob = |logit: f32| (logit as f64 - normalizer) as f32;
+    let ranked = unpenalized.ranked(count as usize).take(count as usize);
+    let top = ranked.map(|(id, logit)| (id, logprob(logit))).collect();
+    (Some(logprob(logits[token as usize])), top)
 }
 
 #[cfg(test)]
@@ -215,12 +438,187 @@ mod tests {
         counts
     }
 
+    /// The plain twin of all that is fast above: sorts everything, copies everything, adds best first.
+    mod plain {
+        use super::SampleParams;
+
+        pub fn penalize(logits: &[f32], penalty: f32, history: &[u32]) -> Vec<f32> {
+            let seen = |token: usize| history.contains(&(token as u32));
+            let penalized = |(token, &logit): (usize, &f32)| match (seen(token), logit > 0.0) {
+                (false, _) => logit,
+                (true, true) => logit / penalty,
+                (true, false) => logit * penalty,
+            };
+            logits.iter().enumerate().map(penalized).collect()
+        }
+
+        pub fn ranked(logits: &[f32]) -> Vec<u32> {
+            let mut order: Vec<u32> = (0..logits.len() as u32).collect();
+            order.sort_by(|&a, &b| logits[b as usize].total_cmp(&logits[a as usize]));
+            order
+        }
+
+        /// Tokens that may be drawn, most likely first, with their shares of the weight.
+        pub fn shares(
+            logits: &[f32],
+            params: &SampleParams,
+            top_p: f64,
+            min_p: f64,
+        ) -> Vec<(u32, f64)> {
+            let order = ranked(logits);
+            let largest = logits[order[0] as usize] as f64;
+            let weight = |token: u32| {
+                let relative =
+                    (logits[token as usize] as f64 - largest) / params.temperature as f64;
+                if relative.is_nan() {
+                    1.0
+                } else {
+                    relative.exp()
+                }
+            };
+            let mut kept: Vec<_> = order.iter().map(|&token| (token, weight(token))).collect();
+            if params.top_k > 0 {
+                kept.truncate(params.top_k as usize);
+            }
+            if params.top_p < 1.0 {
+                let target = top_p * kept.iter().map(|(_, weight)| weight).sum::<f64>();
+                let mut sum = 0.0;
+                let reached = kept.iter().position(|(_, weight)| {
+                    sum += weight;
+                    sum >= target
+                });
+                kept.truncate(reached.map_or(kept.len(), |index| index + 1));
+            }
+            kept.retain(|(_, weight)| *weight >= min_p);
+            let total: f64 = kept.iter().map(|(_, weight)| weight).sum();
+            kept.iter_mut().for_each(|(_, weight)| *weight /= total);
+            kept
+        }
+
+        pub fn draw(shares: &[(u32, f64)], at: f64) -> u32 {
+            let mut sum = 0.0;
+            let drawn = shares.iter().find(|(_, share)| {
+                sum += share;
+                at < sum
+            });
+            drawn.or(shares.last()).map_or(0, |(token, _)| *token)
+        }
+
+        /// Whether `token` is drawn if `at` moves by at most 1e-9.
+        pub fn may_draw(shares: &[(u32, f64)], at: f64, token: u32) -> bool {
+            let mut end = 0.0;
+            shares.iter().any(|&(other, share)| {
+                let begin = end;
+                end += share;
+                other == token && begin - 1e-9 <= at && at <= end + 1e-9
+            })
+        }
+
+        pub fn logprobs(logits: &[f32]) -> Vec<f32> {
+            let largest = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max) as f64;
+            let exps = logits.iter().map(|&logit| (logit as f64 - largest).exp());
+            let normalizer = largest + exps.sum::<f64>().ln();
+            let logprob = |&logit: &f32| (logit as f64 - normalizer) as f32;
+            logits.iter().map(logprob).collect()
+        }
+    }
+
+    /// Random logits: of `levels` values if not 0, which makes many equal; with infinities among them
+    /// where `infinite` says so.
+    fn logits(count: usize, seed: u64, spread: f32, levels: u32, infinite: [bool; 2]) -> Vec<f32> {
+        let logit = |id| {
+            let number = |salt| uniform(seed ^ salt, id) as f32;
+            // A sum of uniform numbers has a tail, as logits do.
+            let level = (number(1) + number(2) + number(3) - 1.5) * 2.0;
+            match (number(4) < 0.1, number(5) < 0.05) {
+                (true, _) if infinite[0] => f32::NEG_INFINITY,
+                (_, true) if infinite[1] => f32::INFINITY,
+                _ if levels > 0 => spread * (level * levels as f32).round() / levels as f32,
+                _ => spread * level,
+            }
+        };
+        (0..count as u64).map(logit).collect()
+    }
+
     #[test]
     fn greedy_takes_the_best_and_the_lower_id_of_equals() {
         let token = |logits: &[f32]| sample(logits, &SampleParams::GREEDY, &[]).token;
         assert_eq!(token(&[0.0, 3.0, 2.0]), 1);
         assert_eq!(token(&[1.0, 3.0, 3.0]), 1);
         assert_eq!(token(&[f32::NEG_INFINITY, -1e30]), 1);
+    }
+
+    #[test]
+    fn greedy_orders_zeros_infinities_and_nans_as_a_sort_does() {
+        const ODD: [f32; 8] = [
+            0.0,
+            -0.0,
+            1.0,
+            -1.0,
+            f32::INFINITY,
+            f32::NEG_INFINITY,
+            f32::NAN,
+            -f32::NAN,
+        ];
+        let penalized = SampleParams {
+            repetition_penalty: 1.5,
+            ..SampleParams::GREEDY
+        };
+        for index in 0..ODD.len().pow(3) {
+            let mut logits = vec![-f32::NAN; 2 * BLOCK + 3];
+            for (token, digit) in [(5, 1), (BLOCK + 7, 8), (2 * BLOCK + 2, 64)] {
+                logits[token] = ODD[index / digit % 8];
+            }
+            for (params, history) in [(SampleParams::GREEDY, [0, 0]), (penalized, [5, 4])] {
+                let sorted = plain::ranked(&plain::penalize(
+                    &logits,
+                    params.repetition_penalty,
+                    &history,
+                ));
+                assert_eq!(sample(&logits, &params, &history).token, sorted[0]);
+            }
+        }
+    }
+
+    #[test]
+    fn the_ranking_is_that_of_a_sort_across_all_batches() {
+        for (count, levels) in [(0, 0), (1, 0), (700, 3), (5000, 0), (5000, 1), (20_000, 50)] {
+            let logits = logits(count, 9, 5.0, levels, [true, true]);
+            for first_batch in [1, 7, BATCH] {
+                let unpenalized = Penalized::unpenalized(&logits);
+                let ranked: Vec<u32> = unpenalized.ranked(first_batch).map(|(id, _)| id).collect();
+                assert_eq!(ranked, plain::ranked(&logits));
+            }
+        }
+    }
+
+    #[test]
+    fn exp_is_that_of_the_standard_library_to_1e14() {
+        assert_eq!(exp(0.0), 1.0);
+        assert_eq!(exp(-708.1), 0.0);
+        assert_eq!(exp(-1e300), 0.0);
+        assert_eq!(exp(f64::NEG_INFINITY), 0.0);
+        for step in 0..=708_000 {
+            let x = -f64::from(step) / 1000.0;
+            let error = exp(x) / x.exp() - 1.0;
+            assert!(error.abs() < 1e-14, "{error} at {x}");
+        }
+    }
+
+    #[test]
+    fn a_token_without_weight_is_never_drawn() {
+        let mut logits = vec![f32::NEG_INFINITY; 3000];
+        logits[17] = 0.1;
+        logits[2900] = 0.0;
+        let last = 1.0 - f64::EPSILON / 2.0;
+        for top_p in [1.0, 1.0f32.next_down()] {
+            let params = SampleParams { top_p, ..WARM };
+            let token = drawn(&Penalized::unpenalized(&logits), &params, last);
+            assert_eq!(token, 2900);
+            // Nor where the target lies beyond all weight, as rounding can have it.
+            let token = drawn(&Penalized::unpenalized(&logits), &params, 1.1);
+            assert_eq!(token, 2900);
+        }
     }
 
     #[test]
@@ -341,7 +739,123 @@ mod tests {
         assert_eq!(sampler.histories[&3], [4]);
     }
 
+    /// A sampler that knows `tokens` in slot 3.
+    fn sampler_of(tokens: &[u32]) -> Sampler {
+        let entry = crate::wire::Entry {
+            slot: 3,
+            start: 0,
+            tokens: tokens.to_vec(),
+            sample: None,
+        };
+        let mut sampler = Sampler::default();
+        let entries = vec![entry];
+        sampler.sample_step(
+            &Step {
+                entries,
+                ..Step::default()
+            },
+            &[],
+        );
+        sampler
+    }
+
+    #[test]
+    fn a_fork_begins_as_its_origin_which_stays_whole() {
+        for tokens in 0..=3 {
+            let mut sampler = sampler_of(&[1, 2, 3]);
+            sampler.histories.insert(5, vec![9; 9]);
+            sampler.fork(3, 5, tokens);
+            assert_eq!(sampler.histories[&5], [1, 2, 3][..tokens]);
+            assert_eq!(sampler.histories[&3], [1, 2, 3]);
+        }
+        let mut sampler = sampler_of(&[1, 2, 3]);
+        sampler.fork(3, 5, 2);
+        sampler.fork(5, 6, 1);
+        sampler.sample_step(
+            &Step {
+                release: vec![3],
+                ..Step::default()
+            },
+            &[],
+        );
+        assert_eq!(sampler.histories[&5], [1, 2]);
+        assert_eq!(sampler.histories[&6], [1]);
+    }
+
+    #[test]
+    #[should_panic(expected = "4 tokens forked from slot 3, which has 3")]
+    fn a_fork_of_more_tokens_than_there_are_is_refused() {
+        sampler_of(&[1, 2, 3]).fork(3, 5, 4);
+    }
+
+    #[test]
+    #[should_panic(expected = "into its own slot")]
+    fn a_fork_into_its_own_slot_is_refused() {
+        sampler_of(&[1, 2, 3]).fork(3, 3, 1);
+    }
+
     proptest! {
+        #[test]
+        fn fast_and_plain_pick_the_same_token(
+            count in prop_oneof![1usize..40, 200usize..3000, 15_000usize..25_000],
+            random: u64,
+            spread in prop_oneof![Just(0.0f32), 0.01f32..1.0, 1.0f32..30.0],
+            levels in prop_oneof![Just(0u32), 1u32..20],
+            infinite: [bool; 2],
+            temperature in prop_oneof![0.1f32..3.0, Just(1e-30f32), Just(1e30f32)],
+            top_p in prop_oneof![Just(1.0f32), Just(0.9f32), 0.0001f32..1.0],
+            top_k in prop_oneof![Just(0u32), 1u32..50, 1u32..30_000],
+            min_p in prop_oneof![Just(0.0f32), Just(1.0f32), 0.0f32..0.2],
+            repetition_penalty in prop_oneof![Just(1.0f32), 1.01f32..2.0, 0.5f32..1.0],
+            ats in prop::collection::vec(prop_oneof![0.0f64..1.0, Just(0.0), Just(1.0 - 1e-12)], 4),
+            history in prop::collection::vec(0u32..3000, 0..100),
+        ) {
+            let params = SampleParams {
+                temperature, top_p, top_k, min_p, repetition_penalty, ..SampleParams::GREEDY
+            };
+            let logits = logits(count, random, spread, levels, infinite);
+            let fast = Penalized::new(&logits, repetition_penalty, &history);
+            let plain = plain::penalize(&logits, repetition_penalty, &history);
+            prop_assert_eq!(fast.best().unwrap().0, plain::ranked(&plain)[0]);
+
+            // The cuts too may fall otherwise within 1e-9 of their boundary.
+            let near = [0.0, -1e-9, 1e-9];
+            let (top_p, min_p) = (top_p as f64, min_p as f64);
+            let shares = plain::shares(&plain, &params, top_p, min_p);
+            for at in ats {
+                let token = drawn(&fast, &params, at);
+                let same = token == plain::draw(&shares, at);
+                prop_assert!(same || near.iter().any(|more_p| near.iter().any(|more_min_p| {
+                    let shares = plain::shares(&plain, &params, top_p + more_p, min_p + more_min_p);
+                    plain::may_draw(&shares, at, token)
+                })), "{} at {}", token, at);
+            }
+        }
+
+        #[test]
+        fn fast_and_plain_give_the_same_logprobs(
+            count in prop_oneof![1usize..40, 200usize..5000],
+            random: u64,
+            levels in 0u32..20,
+            infinite: [bool; 2],
+            asked in 0u8..=255,
+        ) {
+            let logits = logits(count, random, 10.0, levels, infinite);
+            let params = SampleParams { logprobs: Some(asked), ..SampleParams::GREEDY };
+            let sampled = sample(&logits, &params, &[]);
+            let plain = plain::logprobs(&logits);
+            let ids: Vec<u32> = sampled.top.iter().map(|(id, _)| *id).collect();
+            prop_assert_eq!(&ids[..], &plain::ranked(&logits)[..count.min(asked as usize)]);
+            let own = (sampled.token, sampled.logprob.unwrap());
+            for (id, logprob) in sampled.top.into_iter().chain([own]) {
+                let expected = plain[id as usize];
+                let same = logprob.to_bits() == expected.to_bits()
+                    || logprob.is_nan() && expected.is_nan()
+                    || (logprob - expected).abs() <= 1e-6 * expected.abs();
+                prop_assert!(same, "{} for {}", logprob, expected);
+            }
+        }
+
         #[test]
         fn any_logits_and_parameters_give_a_token_of_the_vocabulary(
             logits in prop::collection::vec(prop_oneof![
