@@ -329,10 +329,8 @@ impl Report<'_> {
     /// A line a rank, under headings, and one for each rank that held more than is expected.
     fn rank_lines(&self) -> Vec<String> {
         let mut lines = vec![
-            "sizes in GB = 1e9 bytes; over = peak less planned weights and cache, in MB; busy, wait,"
-                .to_owned(),
-            "wire: of the time with work, computing, waiting for ranks, handing over messages"
-                .to_owned(),
+            "sizes in GB = 1e9 bytes; over = peak less planned weights and cache, in MB;".to_owned(),
+            "busy = computing, wait = for other ranks, wire = handing messages to MPI".to_owned(),
             "rank  layers  planned  loaded   peak   over  busy %  wait %  wire %  sent MB"
                 .to_owned(),
         ];

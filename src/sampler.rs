@@ -32,6 +32,9 @@ impl Sampler {
     /// The tokens that answer a step. `logits`: one vector over the vocabulary for every sampled entry.
     /// Every step has to be shown, those that sample nothing too.
     pub fn sample_step(&mut self, step: &Step, logits: &[Vec<f32>]) -> Vec<SampledToken> {
+        for fork in &step.forks {
+            self.fork(fork.from, fork.to, fork.tokens as usize);
+        }
         for slot in &step.release {
             self.histories.remove(slot);
         }

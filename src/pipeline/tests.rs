@@ -456,7 +456,7 @@ fn three_ranks_are_busy_with_three_groups_and_eight_with_eight() {
         let mut gains = (0..3).map(|_| gain_of_groups(ranks, tokens));
         let gain = gains.find(|&gain| gain >= goal);
         let gain = gain.unwrap_or_else(|| panic!("{ranks} ranks: under {goal}; {limit:.2} is the limit"));
-        println!("{ranks} ranks: {gain:.2}; {limit:.2} is the limit");
+        eprintln!("{ranks} ranks: {gain:.2}; {limit:.2} is the limit");
     }
 }
 
