@@ -3,7 +3,6 @@
     cases.py            what is measured, and what we want to reach
     programs.py         the programs that measure, one process a measurement; installs and builds what they need
     models.py           the models, in our form and in the peer's
-    others.py           how quiet the machine was meanwhile
     table.py            the medians, the ratios and the goals as Markdown
     llama_cpp_rate.py, mlx_lm_rate.py, write_gguf.py    run in the virtual environment of the peers, .mlx/peers
     bandwidth.c         the memory's limit

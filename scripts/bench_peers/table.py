@@ -5,13 +5,11 @@ from collections import defaultdict
 from collections.abc import Callable
 
 from bench_common import spread
+from bench_others import least_disturbed, sentence
 
 from .cases import Case, Goal
 from .models import Pair
-from .others import watched
 from .programs import VERSIONS
-
-DISTURBED_CORES = 0.1  # more than this used by others: measure again
 
 
 class Measured:
@@ -22,14 +20,8 @@ class Measured:
         self.others = []  # cores that other programs used, a figure for each measurement
 
     def take(self, rates: list[float], measure: Callable[[], float | None]) -> None:
-        """Measures once more, and again where others disturbed it: of up to three tries the least disturbed counts.
-
-        A pool of threads that spin while they wait, like llama.cpp's, loses most of its rate to one busy neighbour;
-        ours beside it would look better than it is."""
-        tries = [watched(measure)]
-        while len(tries) < 3 and (tries[-1][1] or 0) > DISTURBED_CORES:
-            tries.append(watched(measure))
-        rate, others = min(tries, key=lambda result: result[1] or 0)
+        """Measures once more, and again where others disturbed it."""
+        rate, others = least_disturbed(measure)
         if rate is not None:
             rates.append(rate)
             self.others += [] if others is None else [others]
@@ -58,12 +50,8 @@ def page(cases: list[Case], pairs: dict[str, Pair], measured: Measured, repeats:
     for threads in sorted({case.threads for case in cases}):
         rates = [rate / 1e9 for rate in measured.bandwidth(threads)]
         lines.append(f"| {threads} thread{'s' if threads > 1 else ''} | {spread(rates, 1)} |")
-    lines += ["", *notes(repeats)]
-    if measured.others:
-        lines += ["", f"Cores that other programs used meanwhile: {spread(measured.others)}."]
-        if max(measured.others) > DISTURBED_CORES:
-            lines[-1] += f" **More than {DISTURBED_CORES}: these figures are not to be trusted.**"
-    return "\n".join(lines)
+    lines += ["", *notes(repeats), "", sentence(measured.others)]
+    return "\n".join(lines).rstrip()
 
 
 def notes(repeats: int) -> list[str]:
