@@ -26,6 +26,8 @@ fn a_calibration_is_used_by_the_run_that_made_it_by_later_ones_and_by_the_plan()
     let answer = |more: &[&str]| {
         let mut command = with_cache(on_cpu(mpirun(2)), &cache);
         command.arg("--model").arg(&golden.dir).args(more);
+        // What is predicted is one sequence at a time.
+        command.args(["--max-sequences", "1"]);
         command.arg("--report").arg(&file);
         let ran = run(&mut command, golden_requests(&golden).as_bytes()).succeeded();
         for (prompt, tokens) in golden.prompts.iter().zip(ran.token_ids()) {

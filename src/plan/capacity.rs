@@ -11,7 +11,7 @@ const MOST_SEQUENCES: u64 = 1 << 20;
 /// What fits at most, one thing changed at a time.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Capacity {
-    /// Longest context at the planned number of sequences, at most the model's.
+    /// Longest context of a single sequence, at most the model's: caches for several are planned where they fit.
     pub context_tokens: u64,
     /// Most sequences at the planned context, at most 1 048 576.
     pub sequences: u64,
@@ -53,7 +53,7 @@ impl Plan {
             links: None,
             cost_source: TimeSource::Relative,
         };
-        let context = |tokens| fits(&request(tokens, self.sequences));
+        let context = |tokens| fits(&request(tokens, 1));
         let sequences = |sequences| fits(&request(self.context_tokens, sequences));
         Capacity {
             context_tokens: largest(longest_context_tokens, context).unwrap_or(0),

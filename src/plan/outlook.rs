@@ -2,7 +2,7 @@
 //! table of `--what-if`. At most 80 columns.
 
 use super::table::{
-    Align, Table, conditions, counted, gigabytes, percent, printable, shorten, size,
+    Align, Table, conditions, gigabytes, percent, printable, shorten, size,
 };
 use super::{
     DEFAULT_PREFILL_CHUNK, Gain, ModelShape, Plan, PlanError, Prediction, RankNeed, StageTime,
@@ -82,9 +82,8 @@ fn room_lines(
         false => format!(" ({best} by another cut)"),
     };
     let context = format!(
-        "{} at {}{}{}",
+        "{} at 1 sequence{}{}",
         ours.context_tokens,
-        counted(plan.sequences, "sequence"),
         match ours.context_tokens == longest_context_tokens {
             true => ", the model's",
             false => "",

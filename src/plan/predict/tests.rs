@@ -471,8 +471,8 @@ proptest! {
                 let strategy = strategy.clone();
                 plan(&PlanRequest { strategy, context_tokens, sequences, ..asked.clone() }).is_ok()
             };
-            prop_assert!(fits(most.context_tokens, sequences) && fits(context, most.sequences));
-            prop_assert!(most.context_tokens == 500 || !fits(most.context_tokens + 1, sequences));
+            prop_assert!(fits(most.context_tokens, 1) && fits(context, most.sequences));
+            prop_assert!(most.context_tokens == 500 || !fits(most.context_tokens + 1, 1));
             prop_assert!(!fits(context, most.sequences + 1));
         }
     }
