@@ -2,13 +2,19 @@
 //! go on moving.
 
 use std::io;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::thread::{self, JoinHandle};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 /// Rounds without work after which the thread sleeps until it is called.
 const IDLE_ROUNDS: u32 = 20;
+
+/// A pause is at most this part of the time that the computation has taken already: what is late is late by little
+/// against it, and the core that computes is left alone.
+const PAUSE_PART: u32 = 16;
+/// And never longer than this, since the next computation may begin during it.
+const LONGEST_PAUSE: Duration = Duration::from_millis(8);
 
 /// A thread that works while another one computes.
 #[derive(Debug)]
@@ -20,6 +26,8 @@ pub struct Meanwhile {
 #[derive(Debug, Default)]
 struct Shared {
     is_computing: AtomicBool,
+    /// Computations so far.
+    computations: AtomicU64,
     is_asleep: AtomicBool,
     is_ending: AtomicBool,
     lock: Mutex<()>,
@@ -27,7 +35,7 @@ struct Shared {
 }
 
 impl Meanwhile {
-    /// A thread that calls `work` after every `pause` of a computation.
+    /// A thread that calls `work` after every `pause` of a computation, less often the longer it takes.
     ///
     /// # Errors
     /// The system refuses a thread.
@@ -47,6 +55,7 @@ impl Meanwhile {
     /// Computes. When it returns, the last call of `work` may still be under way.
     pub fn during<R>(&self, compute: impl FnOnce() -> R) -> R {
         let shared = &*self.shared;
+        shared.computations.fetch_add(1, Ordering::SeqCst);
         shared.is_computing.store(true, Ordering::SeqCst);
         let _end = OnDrop(|| shared.is_computing.store(false, Ordering::SeqCst));
         if shared.is_asleep.load(Ordering::SeqCst) {
@@ -73,13 +82,23 @@ impl Shared {
 
     fn serve(&self, pause: Duration, mut work: impl FnMut()) {
         let mut idle_rounds = 0;
+        let (mut computation, mut began) = (0, Instant::now());
         while !self.is_ending.load(Ordering::SeqCst) {
             if idle_rounds > IDLE_ROUNDS {
                 self.sleep();
                 idle_rounds = 0;
             }
-            thread::sleep(pause);
-            if self.is_computing.load(Ordering::SeqCst) {
+            let current = self.computations.load(Ordering::SeqCst);
+            if computation != current {
+                (computation, began) = (current, Instant::now());
+            }
+            let is_computing = || self.is_computing.load(Ordering::SeqCst);
+            let longer = match is_computing() {
+                true => (began.elapsed() / PAUSE_PART).min(LONGEST_PAUSE),
+                false => Duration::ZERO,
+            };
+            thread::sleep(pause.max(longer));
+            if is_computing() {
                 work();
                 idle_rounds = 0;
             } else {
