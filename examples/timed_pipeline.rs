@@ -87,7 +87,9 @@ impl Question {
         };
         let mut arguments = std::env::args().skip(1);
         while let Some(name) = arguments.next() {
-            let value = arguments.next().with_context(|| format!("{name} wants a value"))?;
+            let value = arguments
+                .next()
+                .with_context(|| format!("{name} wants a value"))?;
             let number: usize = value.parse().with_context(|| format!("{name} {value}"))?;
             match name.as_str() {
                 "--stage-us" => question.stage_us = number as u64,
@@ -119,7 +121,11 @@ impl Question {
             ranks,
             max_batch: self.batch,
             step_tokens: self.batch,
-            steps_in_flight: if groups == 1 { 1 } else { groups.max(ranks + 1) },
+            steps_in_flight: if groups == 1 {
+                1
+            } else {
+                groups.max(ranks + 1)
+            },
             sequences: groups * self.batch,
             kv_blocks: 1 << 20,
             forks_are_copies: false,
@@ -130,7 +136,11 @@ impl Question {
             tokens: self.tokens,
             remaining: Vec::new(),
         };
-        worker.lead(&mut Schedule::new(limits), &mut list, Duration::from_secs(60))?;
+        worker.lead(
+            &mut Schedule::new(limits),
+            &mut list,
+            Duration::from_secs(60),
+        )?;
         Ok(began.elapsed().as_secs_f64())
     }
 }

@@ -26,7 +26,10 @@ pub fn limits(options: &RunOptions, cluster: &Cluster, plan: &Plan) -> Limits {
         steps_in_flight,
         sequences: sequences.min(asked),
         kv_blocks: kv_blocks(plan),
-        forks_are_copies: cluster.ranks.iter().any(|place| !shares_blocks(options, place)),
+        forks_are_copies: cluster
+            .ranks
+            .iter()
+            .any(|place| !shares_blocks(options, place)),
         looks_up: ranks == 1 || plan.lookup == Lookup::OnFirst,
     }
 }
@@ -46,7 +49,9 @@ pub fn prefill_chunk(options: &RunOptions, cluster: &Cluster, plan: &Plan) -> us
 fn kv_blocks(plan: &Plan) -> usize {
     let of_one = plan.context_tokens.div_ceil(BLOCK_TOKENS as u64);
     let of_all = plan.context_tokens.saturating_mul(plan.sequences) / BLOCK_TOKENS as u64;
-    usize::try_from(of_all.max(of_one)).unwrap_or(usize::MAX).min(u32::MAX as usize)
+    usize::try_from(of_all.max(of_one))
+        .unwrap_or(usize::MAX)
+        .min(u32::MAX as usize)
 }
 
 /// This program's kernels share blocks of caches; MLX's have a copy for each sequence.

@@ -112,9 +112,8 @@ impl Shared {
         let mut lock = self.lock.lock().unwrap_or_else(PoisonError::into_inner);
         // Who begins to compute either sees this, or is seen below: both are sequentially consistent.
         self.is_asleep.store(true, Ordering::SeqCst);
-        let is_called = || {
-            self.is_computing.load(Ordering::SeqCst) || self.is_ending.load(Ordering::SeqCst)
-        };
+        let is_called =
+            || self.is_computing.load(Ordering::SeqCst) || self.is_ending.load(Ordering::SeqCst);
         while !is_called() {
             lock = self.wake.wait(lock).unwrap_or_else(PoisonError::into_inner);
         }

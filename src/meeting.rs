@@ -88,7 +88,9 @@ impl Introduction {
                 cluster_file = Some((path.clone(), text));
             }
             for (name, path) in [("--report", &options.report), ("--trace", &options.trace)] {
-                path.as_deref().map(|path| try_file(name, path)).transpose()?;
+                path.as_deref()
+                    .map(|path| try_file(name, path))
+                    .transpose()?;
             }
         }
         Ok(Self {

@@ -78,7 +78,11 @@ impl Question<'_> {
     }
 
     fn with_sequences(&self, plan: Plan) -> Plan {
-        let wanted = self.options.max_sequences.unwrap_or(SEQUENCES).min(SEQUENCES);
+        let wanted = self
+            .options
+            .max_sequences
+            .unwrap_or(SEQUENCES)
+            .min(SEQUENCES);
         let shape = plan.shape_of(self.shape);
         let capacity = plan.capacity(&shape, self.longest_context_tokens);
         plan.with_sequences(wanted.min(capacity.sequences).max(1))

@@ -35,8 +35,7 @@ impl Progress {
             ProgressDrawTarget::term_like_with_hz(Box::new(Forwarded), 4)
         };
         let bar = ProgressBar::with_draw_target(None, target);
-        let style =
-            ProgressStyle::with_template("{prefix} answered, {pos} tokens, {per_sec}{msg}");
+        let style = ProgressStyle::with_template("{prefix} answered, {pos} tokens, {per_sec}{msg}");
         bar.set_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()));
         bar.set_prefix("0");
         Self {

@@ -138,7 +138,11 @@ impl Measured {
         let tokens = |one: &RequestMeasured| (one.prompt_tokens as u64, one.sampled_tokens as u64);
         let requests: Vec<(u64, u64)> = self.kept.iter().map(tokens).collect();
         let mut predicted = Self::default();
-        for (one, times) in self.kept.iter().zip(plan.predict_run(&requests, prefill_chunk)?) {
+        for (one, times) in self
+            .kept
+            .iter()
+            .zip(plan.predict_run(&requests, prefill_chunk)?)
+        {
             predicted.add(RequestMeasured { times, ..*one });
         }
         Some(predicted.pace())
@@ -329,7 +333,8 @@ impl Report<'_> {
     /// A line a rank, under headings, and one for each rank that held more than is expected.
     fn rank_lines(&self) -> Vec<String> {
         let mut lines = vec![
-            "sizes in GB = 1e9 bytes; over = peak less planned weights and cache, in MB;".to_owned(),
+            "sizes in GB = 1e9 bytes; over = peak less planned weights and cache, in MB;"
+                .to_owned(),
             "busy = computing, wait = for other ranks, wire = handing messages to MPI".to_owned(),
             "rank  layers  planned  loaded   peak   over  busy %  wait %  wire %  sent MB"
                 .to_owned(),

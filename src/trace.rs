@@ -183,7 +183,11 @@ pub fn render(ranks: &[RankTrace], hosts: &[&str], ahead_us: &[i64]) -> Value {
     let earliest = ranks
         .iter()
         .zip(ahead_us)
-        .flat_map(|(rank, ahead)| rank.slices.iter().map(move |slice| slice.start_us as i64 - ahead))
+        .flat_map(|(rank, ahead)| {
+            rank.slices
+                .iter()
+                .map(move |slice| slice.start_us as i64 - ahead)
+        })
         .min()
         .unwrap_or(0);
     let mut events = Vec::new();
@@ -217,7 +221,9 @@ pub fn render(ranks: &[RankTrace], hosts: &[&str], ahead_us: &[i64]) -> Value {
     for (&(step, rank), &(_, end)) in &computed {
         let is_last = rank + 1 == ranks.len();
         let next = match is_last {
-            false => computed.get(&(step, rank + 1)).map(|&(start, _)| (rank + 1, start)),
+            false => computed
+                .get(&(step, rank + 1))
+                .map(|&(start, _)| (rank + 1, start)),
             true => handed_out.get(&step).map(|&start| (0, start)),
         };
         let Some((next_rank, arrival)) = next.filter(|_| ranks.len() > 1) else {

@@ -570,14 +570,16 @@ mod tests {
             prop::option::of(prop::collection::vec(load(), 0..4)),
             prop::collection::vec(entry(), 0..5),
         )
-            .prop_map(|((number, in_flight), forks, release, loads, entries)| Step {
-                number,
-                in_flight,
-                forks,
-                release,
-                loads,
-                entries,
-            })
+            .prop_map(
+                |((number, in_flight), forks, release, loads, entries)| Step {
+                    number,
+                    in_flight,
+                    forks,
+                    release,
+                    loads,
+                    entries,
+                },
+            )
     }
 
     fn load() -> impl Strategy<Value = Load> {

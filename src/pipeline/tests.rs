@@ -63,7 +63,10 @@ impl LocalTransport {
         let mut post = self.post.lock().unwrap();
         let queue = post.get_mut(&(from, self.rank, way))?;
         let has_arrived = queue.front()?.0 <= Instant::now();
-        has_arrived.then(|| queue.pop_front()).flatten().map(|(_, bytes)| bytes)
+        has_arrived
+            .then(|| queue.pop_front())
+            .flatten()
+            .map(|(_, bytes)| bytes)
     }
 }
 
@@ -194,7 +197,11 @@ impl Compute for Sums {
             let (own, others) = left.split_at(entry.tokens.len());
             left = others;
             let rows = self.rows.entry(entry.slot).or_default();
-            assert_eq!(rows.len(), entry.start as usize, "a gap, or rows computed twice");
+            assert_eq!(
+                rows.len(),
+                entry.start as usize,
+                "a gap, or rows computed twice"
+            );
             rows.extend(own);
             if entry.sample.is_some() {
                 let best = rows.iter().sum::<u64>() % VOCABULARY as u64;
@@ -325,7 +332,11 @@ fn generate(prompts: &[(Vec<u32>, usize)], setup: &Setup) -> List {
         true => Rows::Local,
         false => Rows::FromLast { row_bytes: 8 },
     };
-    let delays: Vec<_> = setup.message_us.iter().map(|&us| Duration::from_micros(us)).collect();
+    let delays: Vec<_> = setup
+        .message_us
+        .iter()
+        .map(|&us| Duration::from_micros(us))
+        .collect();
     let mut transports = local_ranks(ranks, &delays).into_iter();
     let stage = |rank: usize| Sums {
         looks_up: rank == 0 && rows == Rows::Local,
@@ -354,7 +365,13 @@ fn generate(prompts: &[(Vec<u32>, usize)], setup: &Setup) -> List {
 fn setups() -> impl Strategy<Value = Setup> {
     (
         (1usize..6, 1usize..5, 1usize..20),
-        (1usize..8, 1usize..9, 4usize..40, any::<bool>(), any::<bool>()),
+        (
+            1usize..8,
+            1usize..9,
+            4usize..40,
+            any::<bool>(),
+            any::<bool>(),
+        ),
         prop::collection::vec(0u64..60, 1..6),
         prop::collection::vec(0u64..200, 1..6),
         0usize..3,
@@ -455,7 +472,8 @@ fn three_ranks_are_busy_with_three_groups_and_eight_with_eight() {
         // The machine may be busy with something else for a moment.
         let mut gains = (0..3).map(|_| gain_of_groups(ranks, tokens));
         let gain = gains.find(|&gain| gain >= goal);
-        let gain = gain.unwrap_or_else(|| panic!("{ranks} ranks: under {goal}; {limit:.2} is the limit"));
+        let gain =
+            gain.unwrap_or_else(|| panic!("{ranks} ranks: under {goal}; {limit:.2} is the limit"));
         eprintln!("{ranks} ranks: {gain:.2}; {limit:.2} is the limit");
     }
 }
@@ -474,7 +492,11 @@ fn an_answer_that_stays_out_is_an_error_that_names_the_step() {
     let mut list = List::new(&[(vec![1], 1)], 0);
     let limit = Duration::from_millis(30);
     let error = leader
-        .lead(&mut Schedule::new(Setup::new(2, 3).limits), &mut list, limit)
+        .lead(
+            &mut Schedule::new(Setup::new(2, 3).limits),
+            &mut list,
+            limit,
+        )
         .unwrap_err();
     assert!(
         error.to_string().contains("step 0 has had no answer"),

@@ -1,9 +1,7 @@
 //! What a plan is predicted to do, for people: the block below the tables of `mlx-pipe plan`, and the
 //! table of `--what-if`. At most 80 columns.
 
-use super::table::{
-    Align, Table, conditions, gigabytes, percent, printable, shorten, size,
-};
+use super::table::{Align, Table, conditions, gigabytes, percent, printable, shorten, size};
 use super::{
     DEFAULT_PREFILL_CHUNK, Gain, ModelShape, Plan, PlanError, Prediction, RankNeed, StageTime,
     TimeSource,

@@ -61,7 +61,10 @@ impl Ranks {
         self.next_number += 1;
         for fork in &step.forks {
             let from = &self.caches[&fork.from];
-            assert!(from.len() >= fork.tokens as usize, "a fork beyond its source");
+            assert!(
+                from.len() >= fork.tokens as usize,
+                "a fork beyond its source"
+            );
             let begun = from[..fork.tokens as usize].to_vec();
             assert!(self.caches.insert(fork.to, begun).is_none());
         }
@@ -73,7 +76,11 @@ impl Ranks {
             let before = &step.entries[..index];
             assert!(before.iter().all(|other| other.slot != entry.slot));
             let cache = self.caches.entry(entry.slot).or_default();
-            assert_eq!(cache.len(), entry.start as usize, "a gap, or tokens computed twice");
+            assert_eq!(
+                cache.len(),
+                entry.start as usize,
+                "a gap, or tokens computed twice"
+            );
             cache.extend(&entry.tokens);
         }
         self.computed_tokens += step.row_count();
@@ -83,20 +90,22 @@ impl Ranks {
         let blocks = |cache: &Vec<u32>| cache.len().div_ceil(BLOCK_TOKENS);
         if self.limits.forks_are_copies {
             let held: usize = self.caches.values().map(blocks).sum();
-            assert!(held <= self.limits.kv_blocks, "more than the plan has memory for");
+            assert!(
+                held <= self.limits.kv_blocks,
+                "more than the plan has memory for"
+            );
         }
         self.under_way.push_back(step);
-        assert_eq!(self.under_way.len(), self.under_way.back().unwrap().in_flight as usize);
+        assert_eq!(
+            self.under_way.len(),
+            self.under_way.back().unwrap().in_flight as usize
+        );
         self.most_under_way = self.most_under_way.max(self.under_way.len());
     }
 }
 
 /// Runs prompts to their ends; the answers by key. `delays`: how many turns of the loop each answer stays out.
-fn run(
-    limits: Limits,
-    prompts: &[Prompt],
-    delays: &[usize],
-) -> (HashMap<u64, Vec<u32>>, Ranks) {
+fn run(limits: Limits, prompts: &[Prompt], delays: &[usize]) -> (HashMap<u64, Vec<u32>>, Ranks) {
     let mut schedule = Schedule::new(limits);
     let mut ranks = Ranks::new(limits);
     let mut left: VecDeque<Prompt> = prompts.iter().cloned().collect();
@@ -130,7 +139,8 @@ fn run(
             let step = ranks.under_way.pop_front().unwrap();
             schedule.answered();
             for (entry, _) in step.sampled() {
-                let sequence = &ranks.caches[&entry.slot][..entry.start as usize + entry.tokens.len()];
+                let sequence =
+                    &ranks.caches[&entry.slot][..entry.start as usize + entry.tokens.len()];
                 let token = next_token(sequence);
                 let key = schedule.key(entry.slot).unwrap();
                 let answer = answers.entry(key).or_default();
@@ -162,7 +172,12 @@ fn expected(prompt: &Prompt) -> Vec<u32> {
 
 /// Prompts of which many begin alike.
 fn prompts() -> impl Strategy<Value = Vec<Prompt>> {
-    let one = (0u32..3, 0usize..200, prop::collection::vec(0u32..9, 1..40), 1usize..30);
+    let one = (
+        0u32..3,
+        0usize..200,
+        prop::collection::vec(0u32..9, 1..40),
+        1usize..30,
+    );
     prop::collection::vec(one, 1..25).prop_map(|all| {
         all.into_iter()
             .enumerate()
@@ -258,7 +273,9 @@ fn groups_even_out_whatever_they_began_as() {
     let long = (0..).map(|token| prompt(0, vec![token; 3], 40));
     let long = long.filter(|prompt| expected(prompt).len() == 40);
     let prompts = (0..).zip(long).take(16);
-    let prompts: Vec<Prompt> = prompts.map(|(key, prompt)| Prompt { key, ..prompt }).collect();
+    let prompts: Vec<Prompt> = prompts
+        .map(|(key, prompt)| Prompt { key, ..prompt })
+        .collect();
     let limits = Limits {
         ranks: 2,
         max_batch: 16,
@@ -298,7 +315,11 @@ fn decoding_goes_on_beside_a_long_prompt() {
     schedule.answered();
     schedule.continue_with(first.entries[0].slot, 5);
     let step = schedule.next_step().unwrap();
-    let counts: Vec<usize> = step.entries.iter().map(|entry| entry.tokens.len()).collect();
+    let counts: Vec<usize> = step
+        .entries
+        .iter()
+        .map(|entry| entry.tokens.len())
+        .collect();
     assert_eq!(counts, [1, 7]);
 }
 
