@@ -163,9 +163,9 @@ impl<T: Transport, C: Compute> Worker<T, C> {
         };
         loop {
             let began = Instant::now();
-            let was_idle = schedule.is_idle();
             let has_admitted = admit(schedule, feed, &mut leading)?;
-            if leading.is_done && schedule.is_idle() {
+            let is_idle = schedule.is_idle();
+            if leading.is_done && is_idle {
                 return self.end();
             }
             let has_rows = self.fetch_rows(schedule, &mut leading)?;
@@ -175,7 +175,7 @@ impl<T: Transport, C: Compute> Worker<T, C> {
                 true => leading.patience.reset(),
                 false => self.pause(schedule, &mut leading, step_limit)?,
             }
-            if !was_idle {
+            if !is_idle {
                 self.counters.active += began.elapsed();
             }
         }
