@@ -9,10 +9,11 @@
 //! 3. [`stage::Stage`] loads this rank's slice of the [`checkpoint`] through [`model`]; [`mod@slice`] knows where from, and
 //!    [`handover`] carries it ([`parcel`]) from a rank that has the model to one that has not.
 //! 4. [`prompts`] reads [`request`]s, a [`tokenizer`] and a [`sequence`] turn them into token ids.
-//! 5. [`schedule`] puts tokens into steps, [`wire`] makes bytes of them, [`transport`] carries these, and
-//!    [`pipeline`] is the loop around: receive, compute, send.
+//! 5. [`schedule`] puts tokens of several sequences into steps, within [`limits`]; [`wire`] makes bytes of them,
+//!    [`transport`] carries these, also while a rank computes ([`meanwhile`]), and [`pipeline`] is the loop around:
+//!    receive, compute, send.
 //! 6. The last rank's [`sampler`] picks a token; rank 0 makes text of it and writes the answer.
-//! 7. [`report`] tells what it cost.
+//! 7. [`report`] tells what it cost, and a [`trace`] when.
 //!
 //! Apart from this route: [`calibrate`] measures what the plan calculates with and [`cost_store`] keeps it;
 //! [`doctor`] looks at hosts and links before a run; [`import`] makes checkpoints of GGUF files, [`hub`] finds and downloads them.

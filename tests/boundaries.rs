@@ -117,7 +117,7 @@ fn the_pure_parts_do_no_io_read_no_clock_and_know_no_ranks() {
     ];
     let pure = [
         "plan/",
-        "schedule.rs",
+        "schedule",
         "wire.rs",
         "parcel.rs",
         "sampler.rs",
