@@ -7,7 +7,7 @@
 
 use anyhow::{Context, Result, bail};
 use mlx_pipe::pipeline::{Compute, Feed, Next, Rows, Then, Worker};
-use mlx_pipe::schedule::{Limits, Prompt, Schedule};
+use mlx_pipe::schedule::{Forks, Limits, Prompt, PromptRows, Schedule};
 use mlx_pipe::stage::Output;
 use mlx_pipe::transport::{MpiTransport, Transport};
 use mlx_pipe::wire::{SampleParams, SampledToken, Step};
@@ -128,8 +128,8 @@ impl Question {
             },
             sequences: groups * self.batch,
             kv_blocks: 1 << 20,
-            forks_are_copies: false,
-            looks_up: true,
+            forks: Forks::Shared,
+            rows: PromptRows::Known,
         };
         let mut list = List {
             left: (self.groups * self.batch) as u64,

@@ -12,8 +12,8 @@ use crate::stage::Output;
 use crate::trace::{Part, Recorder};
 use crate::transport::{Kind, Transport};
 use crate::wait::{self, Patience};
-use crate::wire::{self, AnswerShape, Frame, Load, Sampled, SampledToken, Step};
-use anyhow::{Context, Result, bail};
+use crate::wire::{self, Frame, Load, Sampled, SampledToken, Step};
+use anyhow::{Context, Result, bail, ensure};
 use std::collections::{HashMap, VecDeque};
 use std::time::{Duration, Instant};
 use tracing::debug;
@@ -36,7 +36,8 @@ pub trait Compute {
 pub enum Rows {
     /// It looks them up itself.
     Local,
-    /// The last rank looks them up: those of a prompt when asked, that of a sampled token unasked.
+    /// The last rank looks them up: those of a prompt when asked, that of a sampled token unasked. They go to the
+    /// first rank only.
     FromLast {
         /// Bytes of one row.
         row_bytes: usize,
@@ -44,8 +45,8 @@ pub enum Rows {
 }
 
 impl Rows {
-    /// Bytes of the row that travels with each sampled token.
-    fn shared_bytes(self) -> usize {
+    /// Bytes of a row where it comes from the last rank, else 0.
+    fn row_bytes(self) -> usize {
         match self {
             Self::Local => 0,
             Self::FromLast { row_bytes } => row_bytes,
@@ -118,16 +119,20 @@ pub struct Worker<T, C> {
 /// How often a step brings back how busy the ranks are.
 const WATCH_EVERY: Duration = Duration::from_millis(500);
 
-/// What rank 0 has under way.
-struct Leading {
+/// What rank 0 leads with, and what it has under way.
+struct Leading<'a, F> {
+    schedule: &'a mut Schedule,
+    feed: &'a mut F,
     /// Steps whose tokens are not yet back, in order.
     unanswered: VecDeque<Step>,
+    /// The tokens of the first of them, if they have come before their rows.
+    tokens: Option<Vec<u8>>,
     /// Whether there will be no more prompts.
     is_done: bool,
     /// Rows asked for: slots and numbers of tokens, in order.
     questions: VecDeque<(u32, usize)>,
     /// By slot, the rows of the tokens to be computed next, where rows come from the last rank.
-    rows: HashMap<u32, VecDeque<u8>>,
+    rows: HashMap<u32, Vec<u8>>,
     watched: Instant,
     patience: Patience,
 }
@@ -154,7 +159,10 @@ impl<T: Transport, C: Compute> Worker<T, C> {
         step_limit: Duration,
     ) -> Result<()> {
         let mut leading = Leading {
+            schedule,
+            feed,
             unanswered: VecDeque::new(),
+            tokens: None,
             is_done: false,
             questions: VecDeque::new(),
             rows: HashMap::new(),
@@ -163,17 +171,17 @@ impl<T: Transport, C: Compute> Worker<T, C> {
         };
         loop {
             let began = Instant::now();
-            let has_admitted = admit(schedule, feed, &mut leading)?;
-            let is_idle = schedule.is_idle();
+            let has_admitted = leading.admit()?;
+            let is_idle = leading.schedule.is_idle();
             if leading.is_done && is_idle {
                 return self.end();
             }
-            let has_rows = self.fetch_rows(schedule, &mut leading)?;
-            let has_launched = self.launch(schedule, feed, &mut leading)?;
-            let has_answers = self.take_answers(schedule, feed, &mut leading)?;
+            let has_rows = self.fetch_rows(&mut leading)?;
+            let has_launched = self.launch(&mut leading)?;
+            let has_answers = self.take_answers(&mut leading)?;
             match has_admitted || has_rows || has_launched || has_answers {
                 true => leading.patience.reset(),
-                false => self.pause(schedule, &mut leading, step_limit)?,
+                false => self.pause(&mut leading, step_limit)?,
             }
             if !is_idle {
                 self.counters.active += began.elapsed();
@@ -182,12 +190,12 @@ impl<T: Transport, C: Compute> Worker<T, C> {
     }
 
     /// Asks for the rows of prompts that are needed next, and takes those that have come; whether any have.
-    fn fetch_rows(&mut self, schedule: &mut Schedule, leading: &mut Leading) -> Result<bool> {
+    fn fetch_rows<F: Feed>(&mut self, leading: &mut Leading<F>) -> Result<bool> {
         if self.rows == Rows::Local {
             return Ok(false);
         }
         let last = self.last();
-        for (slot, tokens) in schedule.wanted_rows() {
+        for (slot, tokens) in leading.schedule.wanted_rows() {
             leading.questions.push_back((slot, tokens.len()));
             let question = wire::encode(&Frame::Lookup(tokens));
             self.counters.sent_bytes += question.len() as u64;
@@ -198,40 +206,39 @@ impl<T: Transport, C: Compute> Worker<T, C> {
             && let Some(rows) = self.transport.try_receive(last, Kind::Answer)?
             && let Some((slot, count)) = leading.questions.pop_front()
         {
-            if rows.len() != count * self.rows.shared_bytes() {
+            if rows.len() != count * self.rows.row_bytes() {
                 bail!(
                     "the rows of {count} tokens came as {} bytes, expected {}",
                     rows.len(),
-                    count * self.rows.shared_bytes()
+                    count * self.rows.row_bytes()
                 );
             }
             leading.rows.entry(slot).or_default().extend(rows);
-            schedule.rows_came(slot, count);
+            leading.schedule.rows_came(slot, count);
             has_rows = true;
         }
         Ok(has_rows)
     }
 
     /// Computes this rank's part of the next step, if there should be one now; whether there was.
-    fn launch(
-        &mut self,
-        schedule: &mut Schedule,
-        feed: &impl Feed,
-        leading: &mut Leading,
-    ) -> Result<bool> {
-        let Some(mut step) = schedule.next_step() else {
+    fn launch<F: Feed>(&mut self, leading: &mut Leading<F>) -> Result<bool> {
+        let Some(mut step) = leading.schedule.next_step() else {
             return Ok(false);
         };
-        if feed.is_watched() && leading.watched.elapsed() > WATCH_EVERY {
+        let most_sequences = &mut self.counters.most_sequences;
+        *most_sequences = leading.schedule.sequences().max(*most_sequences);
+        if leading.feed.is_watched() && leading.watched.elapsed() > WATCH_EVERY {
             leading.watched = Instant::now();
             step.loads = Some(Vec::new());
         }
-        let row_bytes = self.rows.shared_bytes();
+        let row_bytes = self.rows.row_bytes();
         let mut rows = Vec::with_capacity(step.row_count() * row_bytes);
         if row_bytes > 0 {
             for entry in &step.entries {
                 let known = leading.rows.entry(entry.slot).or_default();
-                rows.extend(known.drain(..entry.tokens.len() * row_bytes));
+                let count = entry.tokens.len() * row_bytes;
+                rows.extend_from_slice(&known[..count]);
+                known.drain(..count);
             }
         }
         leading.unanswered.push_back(step.clone());
@@ -240,72 +247,64 @@ impl<T: Transport, C: Compute> Worker<T, C> {
     }
 
     /// Hands out the tokens of all steps that are answered; whether there were any.
-    fn take_answers(
-        &mut self,
-        schedule: &mut Schedule,
-        feed: &mut impl Feed,
-        leading: &mut Leading,
-    ) -> Result<bool> {
+    fn take_answers<F: Feed>(&mut self, leading: &mut Leading<F>) -> Result<bool> {
         let mut has_answers = false;
-        while let Some(bytes) = self.transport.try_shared()? {
+        loop {
+            if leading.tokens.is_none() {
+                leading.tokens = self.transport.try_shared()?;
+            }
+            let Some(bytes) = leading.tokens.take() else {
+                return Ok(has_answers);
+            };
+            let step = leading.unanswered.front();
+            let step = step.context("tokens came that no step asked for")?;
+            let Some(rows) = self.rows_of_answer(step)? else {
+                leading.tokens = Some(bytes);
+                return Ok(has_answers);
+            };
             let began = Instant::now();
-            let step = leading
-                .unanswered
-                .pop_front()
-                .context("tokens came that no step asked for")?;
-            let sampled = Sampled::decode(&step, self.answer_shape(), &bytes)?;
-            schedule.answered();
-            self.hand_out(&step, sampled, leading, schedule, feed)?;
+            let sampled = Sampled::decode(step, self.transport.size(), &bytes)?;
+            let Some(step) = leading.unanswered.pop_front() else {
+                return Ok(has_answers);
+            };
+            leading.schedule.answered();
+            leading.hand_out(
+                &step,
+                sampled.tokens,
+                rows.chunks_exact(self.rows.row_bytes().max(1)),
+            )?;
+            if step.loads.is_some() {
+                leading.show(self.counters.active, sampled.loads);
+            }
             self.record(Part::HandOut, &step, began);
             has_answers = true;
         }
-        Ok(has_answers)
     }
 
-    /// Gives the tokens of one step to the feed, and its decisions to the schedule.
-    fn hand_out(
-        &self,
-        step: &Step,
-        sampled: Sampled,
-        leading: &mut Leading,
-        schedule: &mut Schedule,
-        feed: &mut impl Feed,
-    ) -> Result<()> {
-        let row_bytes = self.rows.shared_bytes();
-        for (index, ((entry, _), token)) in step.sampled().zip(sampled.tokens).enumerate() {
-            let key = schedule
-                .key(entry.slot)
-                .context("a token came for no sequence")?;
-            let id = token.token;
-            match feed.token(key, token)? {
-                Then::Continue => {
-                    if row_bytes > 0 {
-                        let row = &sampled.rows[index * row_bytes..][..row_bytes];
-                        leading.rows.entry(entry.slot).or_default().extend(row);
-                    }
-                    schedule.continue_with(entry.slot, id);
-                }
-                Then::Finished => {
-                    leading.rows.remove(&entry.slot);
-                    schedule.finish(entry.slot);
-                }
-            }
+    /// The embeddings of the tokens that answer a step, where they come from the last rank; `None` while they are
+    /// on their way.
+    fn rows_of_answer(&mut self, step: &Step) -> Result<Option<Vec<u8>>> {
+        let expected = step.sampled().count() * self.rows.row_bytes();
+        if expected == 0 {
+            return Ok(Some(Vec::new()));
         }
-        if step.loads.is_some() {
-            feed.watch(Seen {
-                sequences: schedule.sequences(),
-                steps: schedule.in_flight(),
-                active: self.counters.active,
-                loads: sampled.loads,
-            });
+        let rows = self.transport.try_receive(self.last(), Kind::Rows)?;
+        if let Some(rows) = &rows
+            && rows.len() != expected
+        {
+            bail!(
+                "the rows of step {} came as {} bytes, expected {expected}",
+                step.number,
+                rows.len()
+            );
         }
-        Ok(())
+        Ok(rows)
     }
 
     /// Lets time pass in which there is nothing to do.
-    fn pause(&mut self, schedule: &Schedule, leading: &mut Leading, limit: Duration) -> Result<()> {
+    fn pause<F: Feed>(&mut self, leading: &mut Leading<F>, limit: Duration) -> Result<()> {
         let patience = &mut leading.patience;
-        if schedule.is_idle() {
+        if leading.schedule.is_idle() {
             return Ok(patience.pause()?);
         }
         if patience.elapsed() > limit {
@@ -332,7 +331,7 @@ impl<T: Transport, C: Compute> Worker<T, C> {
             let waiting = Instant::now();
             let bytes = wait::until("the previous rank", None, || {
                 while self.transport.try_shared()?.is_some() {}
-                self.answer_question()?;
+                while self.answer_question()? {}
                 self.transport.try_receive(previous, Kind::Frame)
             })?;
             self.counters.wait += waiting.elapsed();
@@ -344,19 +343,20 @@ impl<T: Transport, C: Compute> Worker<T, C> {
         }
     }
 
-    /// On the last rank, if it holds the embedding table: looks up what the first asks for.
-    fn answer_question(&mut self) -> Result<()> {
+    /// On the last rank, if it holds the embedding table: looks up what the first asks for; whether it did.
+    fn answer_question(&mut self) -> Result<bool> {
         if self.rows == Rows::Local || self.transport.rank() != self.last() {
-            return Ok(());
+            return Ok(false);
         }
         let Some(question) = self.transport.try_receive(FIRST, Kind::Question)? else {
-            return Ok(());
+            return Ok(false);
         };
         match wire::decode(&question).context("a question of the first rank")? {
             (Frame::Lookup(tokens), _) => {
                 let rows = self.compute.embed(&tokens)?;
                 self.counters.sent_bytes += rows.len() as u64;
-                self.transport.send(FIRST, Kind::Answer, rows)
+                self.transport.send(FIRST, Kind::Answer, rows)?;
+                Ok(true)
             }
             (other, _) => bail!("the first rank asked for {other:?}, expected a lookup"),
         }
@@ -381,8 +381,8 @@ impl<T: Transport, C: Compute> Worker<T, C> {
         match output {
             Output::Hidden(rows) => {
                 self.counters.busy += started.elapsed();
-                self.add_load(&mut step);
-                let length = step.sampled_bytes(self.answer_shape());
+                self.add_load(&mut step)?;
+                let length = step.sampled_bytes(self.transport.size());
                 let sending = Instant::now();
                 let mut frame = wire::encode(&Frame::Step(step.clone()));
                 frame.extend(rows);
@@ -392,24 +392,30 @@ impl<T: Transport, C: Compute> Worker<T, C> {
             }
             Output::Logits(logits) => {
                 let sampling = Instant::now();
-                let mut sampled = self.sample(&step, &logits)?;
+                let tokens = self.sampler.sample_step(&step, &logits);
+                let rows = self.look_up(&tokens)?;
                 self.record(Part::Sample, &step, sampling);
                 self.counters.busy += started.elapsed();
-                self.add_load(&mut step);
-                sampled.loads = step.loads.unwrap_or_default();
-                let bytes = sampled.encode();
-                self.counters.sent_bytes += bytes.len() as u64;
-                self.transport.share(bytes)?;
+                self.add_load(&mut step)?;
+                self.answer(step, tokens, rows)?;
             }
         }
         Ok(())
     }
 
     /// Says how busy this rank is, if the step asks.
-    fn add_load(&self, step: &mut Step) {
+    fn add_load(&self, step: &mut Step) -> Result<()> {
         if let Some(loads) = &mut step.loads {
+            ensure!(
+                loads.len() == self.transport.rank(),
+                "step {} came with the loads of {} ranks, expected {}",
+                step.number,
+                loads.len(),
+                self.transport.rank()
+            );
             loads.push(self.counters.load());
         }
+        Ok(())
     }
 
     /// Notes what was done since `began`, if a trace is wanted.
@@ -419,28 +425,29 @@ impl<T: Transport, C: Compute> Worker<T, C> {
         }
     }
 
-    /// What all answers have in common.
-    fn answer_shape(&self) -> AnswerShape {
-        AnswerShape {
-            row_bytes: self.rows.shared_bytes(),
-            ranks: self.transport.size(),
+    /// The embeddings of tokens that were sampled, where the first rank will need them.
+    fn look_up(&mut self, tokens: &[SampledToken]) -> Result<Vec<u8>> {
+        if self.rows == Rows::Local || tokens.is_empty() {
+            return Ok(Vec::new());
         }
+        let ids: Vec<u32> = tokens.iter().map(|token| token.token).collect();
+        self.compute.embed(&ids)
     }
 
-    /// The tokens that answer a step, with their rows where the first rank will need them.
-    fn sample(&mut self, step: &Step, logits: &[Vec<f32>]) -> Result<Sampled> {
-        let tokens = self.sampler.sample_step(step, logits);
-        let ids: Vec<u32> = tokens.iter().map(|token| token.token).collect();
-        let rows = match self.rows {
-            Rows::FromLast { .. } if !ids.is_empty() => self.compute.embed(&ids)?,
-            _ => Vec::new(),
-        };
-        Ok(Sampled {
+    /// Shares the tokens of a step with all ranks, and sends the first one their rows.
+    fn answer(&mut self, step: Step, tokens: Vec<SampledToken>, rows: Vec<u8>) -> Result<()> {
+        let sampled = Sampled {
             step: step.number,
             tokens,
-            rows,
-            loads: Vec::new(),
-        })
+            loads: step.loads.unwrap_or_default(),
+        };
+        let bytes = sampled.encode();
+        self.counters.sent_bytes += (bytes.len() + rows.len()) as u64;
+        self.transport.share(bytes)?;
+        if !rows.is_empty() {
+            self.transport.send(FIRST, Kind::Rows, rows)?;
+        }
+        Ok(())
     }
 
     fn send(&mut self, frame: Vec<u8>) -> Result<()> {
@@ -466,18 +473,58 @@ impl<T: Transport, C: Compute> Worker<T, C> {
     }
 }
 
-/// Brings prompts in as long as there is room for them; whether any came.
-fn admit(schedule: &mut Schedule, feed: &mut impl Feed, leading: &mut Leading) -> Result<bool> {
-    let mut has_admitted = false;
-    while !leading.is_done && schedule.has_room() {
-        match feed.next()? {
-            Next::Prompt(prompt) => schedule.admit(prompt),
-            Next::NotYet => break,
-            Next::Done => leading.is_done = true,
+impl<F: Feed> Leading<'_, F> {
+    /// Brings prompts in as long as there is room for them; whether any came.
+    fn admit(&mut self) -> Result<bool> {
+        let mut has_admitted = false;
+        while !self.is_done && self.schedule.has_room() {
+            match self.feed.next()? {
+                Next::Prompt(prompt) => self.schedule.admit(prompt),
+                Next::NotYet => break,
+                Next::Done => self.is_done = true,
+            }
+            has_admitted = true;
         }
-        has_admitted = true;
+        Ok(has_admitted)
     }
-    Ok(has_admitted)
+
+    /// Gives the tokens of one step to the feed, and its decisions to the schedule. `rows`: of each token, or none.
+    fn hand_out<'r>(
+        &mut self,
+        step: &Step,
+        tokens: Vec<SampledToken>,
+        mut rows: impl Iterator<Item = &'r [u8]>,
+    ) -> Result<()> {
+        for ((entry, _), token) in step.sampled().zip(tokens) {
+            let slot = entry.slot;
+            let key = self.schedule.key(slot);
+            let key = key.context("a token came for no sequence")?;
+            let (id, row) = (token.token, rows.next());
+            match self.feed.token(key, token)? {
+                Then::Continue => {
+                    if let Some(row) = row {
+                        self.rows.entry(slot).or_default().extend_from_slice(row);
+                    }
+                    self.schedule.continue_with(slot, id);
+                }
+                Then::Finished => {
+                    self.rows.remove(&slot);
+                    self.schedule.finish(slot);
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Shows what the pipeline is doing.
+    fn show(&mut self, active: Duration, loads: Vec<Load>) {
+        self.feed.watch(Seen {
+            sequences: self.schedule.sequences(),
+            steps: self.schedule.in_flight(),
+            active,
+            loads,
+        });
+    }
 }
 
 #[cfg(test)]

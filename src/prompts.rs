@@ -49,6 +49,7 @@ pub struct Prompts<'r, W: Write> {
     /// By the index of the request.
     under_way: HashMap<u64, UnderWay<'r>>,
     measured: Measured,
+    most_held_bytes: usize,
 }
 
 /// A sequence that is being computed.
@@ -73,6 +74,7 @@ impl<'r, W: Write> Prompts<'r, W> {
             progress,
             under_way: HashMap::new(),
             measured: Measured::default(),
+            most_held_bytes: MOST_HELD_BYTES,
         }
     }
 
@@ -105,7 +107,7 @@ impl<'r, W: Write> Prompts<'r, W> {
             first_token: None,
         };
         self.under_way.insert(key, under_way);
-        self.measured.under_way(self.under_way.len());
+        self.measured.admitted(self.under_way.len());
         Ok(Some(Prompt {
             key,
             tokens: prompt,
@@ -146,7 +148,7 @@ impl<'r, W: Write> Prompts<'r, W> {
 
 impl<W: Write> Feed for Prompts<'_, W> {
     fn next(&mut self) -> Result<Next> {
-        while self.writer.held_bytes() < MOST_HELD_BYTES {
+        while self.writer.held_bytes() < self.most_held_bytes {
             let request = match self.requests.try_recv() {
                 Err(TryRecvError::Empty) => return Ok(Next::NotYet),
                 Err(TryRecvError::Disconnected) => return Ok(Next::Done),
@@ -212,4 +214,79 @@ fn undecodable(request: &Request, error: &dyn std::error::Error) -> LineError {
 /// Standard input, for the reading thread.
 pub fn standard_input() -> impl BufRead + Send + 'static {
     io::BufReader::new(io::stdin())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::request::{Format, Identity};
+
+    fn sampled(token: u32) -> SampledToken {
+        SampledToken {
+            token,
+            logprob: None,
+            top: Vec::new(),
+        }
+    }
+
+    fn next_key(feed: &mut impl Feed) -> Option<u64> {
+        match feed.next().unwrap() {
+            Next::Prompt(prompt) => Some(prompt.key),
+            Next::NotYet => None,
+            Next::Done => panic!("the input has not ended"),
+        }
+    }
+
+    #[test]
+    fn no_request_is_begun_while_too_many_answers_wait_for_a_slow_one() {
+        let defaults = Sampling {
+            max_tokens: 1,
+            temperature: 0.0,
+            top_p: 1.0,
+            top_k: 0,
+            min_p: 0.0,
+            repetition_penalty: 1.0,
+            seed: None,
+            stop: Vec::new(),
+            logprobs: None,
+        };
+        let (sender, receiver) = mpsc::channel();
+        for request in RequestReader::new(&b"{\"prompt\": [1]}\n".repeat(100)[..], defaults) {
+            sender.send(request).unwrap();
+        }
+        let identity = Identity {
+            model: "m".into(),
+            created_s: 0,
+        };
+        let mut output = Vec::new();
+        let writer = AnswerWriter::new(&mut output, Format::Jsonl, identity);
+        let rules = Rules {
+            tokenizer: None,
+            raw: false,
+            context_tokens: 100,
+            vocab_size: 50,
+            end_ids: Vec::new(),
+            seed: 0,
+        };
+        let mut feed = Prompts::new(receiver, &rules, writer, Progress::new());
+        feed.most_held_bytes = 4000;
+        assert_eq!(next_key(&mut feed), Some(0));
+        let mut held = 0;
+        while let Some(key) = next_key(&mut feed) {
+            assert!(matches!(
+                feed.token(key, sampled(7)).unwrap(),
+                Then::Finished
+            ));
+            held += 1;
+        }
+        assert!((2..50).contains(&held), "{held} answers wait in 4000 bytes");
+        // The slow one comes: all are written, and more can begin.
+        assert!(matches!(feed.token(0, sampled(7)).unwrap(), Then::Finished));
+        assert!(next_key(&mut feed).is_some());
+        drop(feed);
+        assert_eq!(
+            output.iter().filter(|&&byte| byte == b'\n').count(),
+            held + 1
+        );
+    }
 }

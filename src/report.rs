@@ -22,6 +22,8 @@ pub struct Counters {
     pub wire: Duration,
     /// On rank 0: time in which there was a sequence to work on.
     pub active: Duration,
+    /// On rank 0: most sequences that had begun and not ended at a time.
+    pub most_sequences: usize,
     /// Bytes handed to MPI.
     pub sent_bytes: u64,
 }
@@ -98,8 +100,8 @@ pub struct Measured {
     sampled_tokens: usize,
     first_token_s: f64,
     decode_s: f64,
-    /// Most requests that were under way at a time.
-    most_at_once: usize,
+    /// Most requests that were admitted and not answered at a time.
+    most_admitted: usize,
 }
 
 impl Measured {
@@ -115,9 +117,14 @@ impl Measured {
         }
     }
 
-    /// So many requests are under way now.
-    pub fn under_way(&mut self, count: usize) {
-        self.most_at_once = self.most_at_once.max(count);
+    /// So many requests are admitted and not answered now.
+    pub fn admitted(&mut self, count: usize) {
+        self.most_admitted = self.most_admitted.max(count);
+    }
+
+    /// Whether each request was answered before the next was begun.
+    fn is_one_by_one(&self) -> bool {
+        self.most_admitted <= 1
     }
 
     fn pace(&self) -> Pace {
@@ -132,7 +139,7 @@ impl Measured {
     /// What the plan predicts for these requests; `None` where it knows no costs, or some were answered at the
     /// same time: it predicts one after the other.
     fn predicted(&self, plan: &Plan, prefill_chunk: u64) -> Option<Pace> {
-        if self.most_at_once > 1 || self.kept.len() < self.requests {
+        if !self.is_one_by_one() || self.kept.len() < self.requests {
             return None;
         }
         let tokens = |one: &RequestMeasured| (one.prompt_tokens as u64, one.sampled_tokens as u64);
@@ -176,6 +183,8 @@ pub struct Report<'a> {
     pub measured: Measured,
     /// Seconds in which there was a sequence to work on.
     pub active_s: f64,
+    /// Most sequences that had begun and not ended at a time.
+    pub most_at_once: usize,
     /// What was written.
     pub written: Written,
     /// Most prompt tokens in one step, for the prediction.
@@ -251,7 +260,7 @@ impl Report<'_> {
             "failed": self.written.tally.failed,
             "prompt_tokens": self.measured.prompt_tokens,
             "sampled_tokens": self.measured.sampled_tokens,
-            "most_at_once": self.measured.most_at_once,
+            "most_at_once": self.most_at_once,
             "load_s": self.load_s(),
             "active_s": self.active_s,
             "tokens_per_s": self.tokens_per_s(),
@@ -300,7 +309,7 @@ impl Report<'_> {
 
     /// Of one stream, if that is what was run.
     fn predicted_idle_share(&self) -> Option<f64> {
-        if self.measured.most_at_once > 1 {
+        if !self.measured.is_one_by_one() {
             return None;
         }
         let requests = self.measured.requests.max(1);
@@ -377,10 +386,10 @@ impl Report<'_> {
             rate(pace.decode_tokens_per_s),
             pace.time_to_first_token_s * 1e3,
         )];
-        if measured.most_at_once > 1 {
+        if self.most_at_once > 1 {
             lines.push(format!(
                 "  as each sequence saw it; all of them, up to {} at once: {} sampled/s",
-                measured.most_at_once,
+                self.most_at_once,
                 rate(self.tokens_per_s()),
             ));
         }

@@ -8,7 +8,7 @@
 //! copied as a whole. Float operations have a fixed order: weights are added best first, but those of
 //! the whole vocabulary as `Penalized::total` says.
 
-use crate::wire::{SampleParams, SampledToken, Step};
+use crate::wire::{SampleParams, SampledToken, Step, Upkeep};
 use std::collections::HashMap;
 use std::f64::consts::LOG2_E;
 
@@ -32,11 +32,13 @@ impl Sampler {
     /// The tokens that answer a step. `logits`: one vector over the vocabulary for every sampled entry.
     /// Every step has to be shown, those that sample nothing too.
     pub fn sample_step(&mut self, step: &Step, logits: &[Vec<f32>]) -> Vec<SampledToken> {
-        for fork in &step.forks {
-            self.fork(fork.from, fork.to, fork.tokens as usize);
-        }
-        for slot in &step.release {
-            self.histories.remove(slot);
+        for &upkeep in &step.upkeep {
+            match upkeep {
+                Upkeep::Fork(fork) => self.fork(fork.from, fork.to, fork.tokens as usize),
+                Upkeep::Release(slot) => {
+                    self.histories.remove(&slot);
+                }
+            }
         }
         for entry in &step.entries {
             let history = self.histories.entry(entry.slot).or_default();
@@ -730,7 +732,7 @@ mod tests {
         };
         let step = |release: &[u32], entry| Step {
             number: 0,
-            release: release.to_vec(),
+            upkeep: release.iter().copied().map(Upkeep::Release).collect(),
             entries: vec![entry],
             ..Step::default()
         };
@@ -776,7 +778,7 @@ mod tests {
         sampler.fork(5, 6, 1);
         sampler.sample_step(
             &Step {
-                release: vec![3],
+                upkeep: vec![Upkeep::Release(3)],
                 ..Step::default()
             },
             &[],

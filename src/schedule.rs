@@ -9,7 +9,7 @@
 mod blocks;
 mod sequence;
 
-use crate::wire::{Entry, Fork, SampleParams, Step};
+use crate::wire::{Entry, Fork, SampleParams, Step, Upkeep};
 use blocks::Blocks;
 use sequence::{Sequence, Source};
 use std::collections::{BTreeMap, VecDeque};
@@ -23,7 +23,7 @@ pub struct Limits {
     pub ranks: usize,
     /// Most sequences that decode in one step.
     pub max_batch: usize,
-    /// Most tokens in one step, but for decoding sequences beyond them.
+    /// Most prompt tokens in one step. Sequences that decode in it take their place, up to half of it.
     pub step_tokens: usize,
     /// Most steps on their way.
     pub steps_in_flight: usize,
@@ -31,10 +31,31 @@ pub struct Limits {
     pub sequences: usize,
     /// Blocks of [`BLOCK_TOKENS`] tokens that the caches of all sequences may hold.
     pub kv_blocks: usize,
-    /// Whether a sequence that begins as another has blocks of its own, as where the ranks cannot share them.
-    pub forks_are_copies: bool,
-    /// Whether rank 0 has the rows of all tokens; else they have to be asked for.
-    pub looks_up: bool,
+    /// What the ranks' caches hold of a beginning in common.
+    pub forks: Forks,
+    /// Where rank 0 has the rows of prompts from.
+    pub rows: PromptRows,
+}
+
+/// What caches hold of a beginning that sequences have in common.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Forks {
+    /// Its blocks once.
+    Shared,
+    /// Its blocks for each sequence; and caches grow by so many blocks at a time.
+    Copied {
+        /// Blocks by which a cache grows.
+        growth: usize,
+    },
+}
+
+/// Where rank 0 has the rows of prompts from.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum PromptRows {
+    /// It has them.
+    Known,
+    /// It asks for them.
+    AskedFor,
 }
 
 /// A sequence to be computed.
@@ -68,10 +89,8 @@ pub struct Schedule {
     /// Ended; their caches are kept for prompts that begin alike, and dropped when room is needed. Oldest first.
     ended: VecDeque<(u32, Sequence)>,
     blocks: Blocks,
-    /// For the next step.
-    forks: Vec<Fork>,
-    /// For the next step.
-    release: Vec<u32>,
+    /// For the next step, in the order in which it was decided.
+    upkeep: Vec<Upkeep>,
 }
 
 impl Schedule {
@@ -97,8 +116,7 @@ impl Schedule {
             ready: VecDeque::new(),
             ended: VecDeque::new(),
             blocks: Blocks::new(limits.kv_blocks),
-            forks: Vec::new(),
-            release: Vec::new(),
+            upkeep: Vec::new(),
         }
     }
 
@@ -112,7 +130,7 @@ impl Schedule {
     /// Takes a prompt in. The caller asks [`Self::has_room`] first. Prompt and answer together fit in the blocks.
     pub fn admit(&mut self, prompt: Prompt) {
         debug_assert!(self.has_room() && !prompt.tokens.is_empty() && prompt.max_tokens > 0);
-        debug_assert!(Sequence::blocks_of(&prompt) <= self.limits.kv_blocks);
+        debug_assert!(Sequence::blocks_of(&prompt, self.growth()) <= self.limits.kv_blocks);
         self.waiting.push_back(prompt);
         self.has_changed = true;
     }
@@ -146,15 +164,15 @@ impl Schedule {
             return None;
         }
         let mut entries = self.decode_entries(group);
-        let rest = self.limits.step_tokens.saturating_sub(entries.len());
-        entries.extend(self.prompt_entries(rest.max(1)));
+        let most = self.limits.step_tokens;
+        let rest = most.saturating_sub(entries.len());
+        entries.extend(self.prompt_entries(rest.max(most.div_ceil(2))));
         self.in_flight += 1;
         self.has_changed = true;
         let step = Step {
             number: self.next_number,
             in_flight: u16::try_from(self.in_flight).unwrap_or(u16::MAX),
-            forks: std::mem::take(&mut self.forks),
-            release: std::mem::take(&mut self.release),
+            upkeep: std::mem::take(&mut self.upkeep),
             loads: None,
             entries,
         };
@@ -187,7 +205,7 @@ impl Schedule {
             return;
         };
         self.has_changed = true;
-        self.blocks.give_back(&sequence.end());
+        self.blocks.give_back(&sequence.end(self.growth()));
         self.ended.push_back((slot, sequence));
         let is_of_use = |(_, ended): &(u32, Sequence)| ended.launched >= BLOCK_TOKENS;
         let too_short = self.ended.back().is_some_and(|ended| !is_of_use(ended));
@@ -199,13 +217,21 @@ impl Schedule {
     }
 
     /// Rows of prompts that rank 0 should ask for now: slots and tokens, in the order in which they are needed.
+    /// Those of the oldest prompts, for two steps together, so that neither the ranks nor the way between them are
+    /// filled with what is not needed yet.
     pub fn wanted_rows(&mut self) -> Vec<(u32, Vec<u32>)> {
         self.begin_what_can();
-        let most = self.limits.step_tokens;
-        self.live
-            .iter_mut()
-            .filter_map(|(&slot, sequence)| Some((slot, sequence.ask(most)?)))
-            .collect()
+        let ahead = self.live.values().map(Sequence::asked_ahead).sum();
+        let mut budget = (2 * self.limits.step_tokens).saturating_sub(ahead);
+        let mut wanted = Vec::new();
+        for (&slot, sequence) in &mut self.live {
+            let tokens = sequence.ask(budget.min(self.limits.step_tokens));
+            budget -= tokens.len();
+            if !tokens.is_empty() {
+                wanted.push((slot, tokens));
+            }
+        }
+        wanted
     }
 
     /// The rows of the next `count` tokens of a prompt have come.
@@ -254,42 +280,40 @@ impl Schedule {
         entries
     }
 
-    /// Begins what waits, in order, as far as there is room.
+    /// Begins what waits, in order, as far as there is room. A prompt whose beginning another sequence is about to
+    /// compute keeps its place, but holds up nobody.
     fn begin_what_can(&mut self) {
         if !std::mem::take(&mut self.has_changed) {
             return;
         }
-        while let Some(prompt) = self.waiting.front() {
+        let mut index = 0;
+        while let Some(prompt) = self.waiting.get(index) {
             if self.live.len() >= self.limits.sequences {
                 return;
             }
             let source = self.source(&prompt.tokens);
-            // What another sequence is about to compute is not computed twice.
             if source.is_some_and(|source| source.now < source.soon) {
-                return;
+                index += 1;
+                continue;
             }
-            let Some(blocks) = self.reserve(Sequence::blocks_of(prompt), source) else {
+            let count = Sequence::blocks_of(prompt, self.growth());
+            let Some((blocks, taken_over)) = self.reserve(count, source) else {
                 return;
             };
-            if let Some(prompt) = self.waiting.pop_front() {
-                self.begin(prompt, source, blocks);
+            if let Some(prompt) = self.waiting.remove(index) {
+                let sequence = Sequence::new(prompt, taken_over, blocks, self.limits.rows);
+                self.live.insert(self.next_slot, sequence);
+                self.next_slot = self.next_slot.wrapping_add(1);
             }
         }
     }
 
-    fn begin(&mut self, prompt: Prompt, source: Option<Source>, blocks: Vec<u32>) {
-        let slot = self.next_slot;
-        self.next_slot = self.next_slot.wrapping_add(1);
-        let taken_over = source.map_or(0, |source| source.now);
-        if let Some(source) = source {
-            self.forks.push(Fork {
-                from: source.slot,
-                to: slot,
-                tokens: taken_over as u32,
-            });
+    /// Blocks by which a cache grows.
+    fn growth(&self) -> usize {
+        match self.limits.forks {
+            Forks::Shared => 1,
+            Forks::Copied { growth } => growth.max(1),
         }
-        let sequence = Sequence::new(prompt, taken_over, blocks, self.limits.looks_up);
-        self.live.insert(slot, sequence);
     }
 
     /// The sequence that begins most like `prompt`.
@@ -302,28 +326,56 @@ impl Schedule {
             .max_by_key(|source| (source.soon, source.now))
     }
 
-    /// Blocks for a new sequence, those that it shares first; drops caches of ended sequences to make room.
-    fn reserve(&mut self, count: usize, source: Option<Source>) -> Option<Vec<u32>> {
+    /// Blocks for the next sequence, those that it shares first, and how many tokens it takes over. Drops caches of
+    /// ended sequences, the oldest first, if that makes enough room.
+    fn reserve(&mut self, count: usize, source: Option<Source>) -> Option<(Vec<u32>, usize)> {
+        let is_shared = self.limits.forks == Forks::Shared;
         let mut blocks = match source {
-            Some(source) if !self.limits.forks_are_copies => self.shared_blocks(source),
+            Some(source) if is_shared => self.shared_blocks(source),
             _ => Vec::new(),
         };
         self.blocks.share(&blocks);
         let own = count - blocks.len();
+        let live = self.live.values().flat_map(|one| &one.blocks);
+        if self.blocks.free() < own && self.blocks.left_by(live.chain(&blocks)) < own {
+            self.blocks.give_back(&blocks);
+            return None;
+        }
+        // Blocks that are shared outlive the source; for a copy there must be room beside it.
+        let mut source = source;
+        let mut taken_over = 0;
+        if is_shared {
+            taken_over = self.fork(source.take());
+        }
         while self.blocks.free() < own && !self.ended.is_empty() {
-            // The source too, if need be: caches are copied before any is dropped.
-            self.drop_ended(0);
-        }
-        match self.blocks.take(own) {
-            Some(own) => {
-                blocks.extend(own);
-                Some(blocks)
+            let spared = source.map(|source| source.slot);
+            let other = self
+                .ended
+                .iter()
+                .position(|(slot, _)| Some(*slot) != spared);
+            if other.is_none() {
+                source = None;
             }
-            None => {
-                self.blocks.give_back(&blocks);
-                None
-            }
+            self.drop_ended(other.unwrap_or(0));
         }
+        if !is_shared {
+            taken_over = self.fork(source);
+        }
+        blocks.extend(self.blocks.take(own)?);
+        Some((blocks, taken_over))
+    }
+
+    /// The next sequence begins as its source; the tokens that it takes over.
+    fn fork(&mut self, source: Option<Source>) -> usize {
+        let Some(source) = source else {
+            return 0;
+        };
+        self.upkeep.push(Upkeep::Fork(Fork {
+            from: source.slot,
+            to: self.next_slot,
+            tokens: source.now as u32,
+        }));
+        source.now
     }
 
     fn shared_blocks(&self, source: Source) -> Vec<u32> {
@@ -339,7 +391,7 @@ impl Schedule {
     fn drop_ended(&mut self, index: usize) {
         if let Some((slot, sequence)) = self.ended.remove(index) {
             self.blocks.give_back(&sequence.blocks);
-            self.release.push(slot);
+            self.upkeep.push(Upkeep::Release(slot));
         }
     }
 }

@@ -14,13 +14,13 @@ use crate::log::{RankFormat, tell};
 use crate::meeting::{Cluster, Place};
 use crate::model::ModelFiles;
 use crate::pipeline::{Rows, Worker};
-use crate::plan::{self, Costs, Lookup, Plan};
+use crate::plan::{self, Costs, Plan};
 use crate::planning;
 use crate::progress::Progress;
 use crate::prompts::{self, Prompts};
 use crate::report::{self, Measured, RankReport, Report};
 use crate::request::{AnswerWriter, Identity, Tally, WriteError, Written};
-use crate::schedule::{Limits, Schedule};
+use crate::schedule::{Limits, PromptRows, Schedule};
 use crate::sequence::Rules;
 use crate::slice::{Loaded, Slice};
 use crate::stage::{self, CoreShare, Stage};
@@ -29,6 +29,8 @@ use crate::trace::{self, RankTrace, Recorder};
 use crate::transport::{self, MpiTransport, Transport};
 use crate::wait::{self, Interrupted};
 use anyhow::{Context, Result, anyhow, bail};
+use std::fs::File;
+use std::io::BufWriter;
 use std::path::PathBuf;
 use std::time::{Instant, SystemTime, UNIX_EPOCH};
 use tracing::{info, warn};
@@ -90,7 +92,7 @@ fn generate(
     agree::all_succeeded(transport, Ok(()))?;
 
     let limits = limits(options, &cluster, &plan);
-    let mut worker = Worker::new(&mut *transport, stage, rows(&files, &plan));
+    let mut worker = Worker::new(&mut *transport, stage, rows(&files, &plan, &limits));
     let clocks = start_trace(options, &mut worker)?;
     let outcome = match &rules {
         Some(rules) => Some(lead(options, &cluster, rules, limits, &mut worker)?),
@@ -100,26 +102,28 @@ fn generate(
         }
     };
     let (counters, trace) = (worker.counters, worker.trace.take());
-    write_trace(options, &cluster, clocks, trace, transport)?;
     report = report.with_counters(counters);
     report.peak_rss_bytes = report::peak_rss_bytes();
     report.peak_array_bytes = stage::peak_array_bytes();
     let ranks = agree::gather(transport, Ok(report), None)?;
-    match outcome {
-        None => Ok(0),
+    let status = match outcome {
+        None => 0,
         Some((written, measured)) => {
             let report = Report {
                 plan: &plan,
                 ranks,
                 measured,
                 active_s: counters.active.as_secs_f64(),
+                most_at_once: counters.most_sequences,
                 written,
                 prefill_chunk: limits.step_tokens as u64,
             };
             publish(options, &report)?;
-            Ok(exit_status(report.written.tally))
+            exit_status(report.written.tally)
         }
-    }
+    };
+    write_trace(options, &cluster, clocks, trace, transport)?;
+    Ok(status)
 }
 
 /// Finds the model on every host; where it is missing, the first rank of the host downloads it, or the rank
@@ -395,20 +399,20 @@ fn write_trace(
     let traces: Vec<RankTrace> = agree::gather(transport, Ok(trace.finish()), None)?;
     if transport.rank() == 0 {
         let hosts: Vec<&str> = cluster.ranks.iter().map(Place::host).collect();
-        let text = trace::render(&traces, &hosts, &ahead_us).to_string();
-        std::fs::write(path, text + "\n")
+        let file = File::create(path).map(BufWriter::new);
+        file.and_then(|file| trace::write(file, &traces, &hosts, &ahead_us))
             .with_context(|| format!("writing the trace {}", path.display()))?;
     }
     Ok(())
 }
 
-/// How the first rank comes by its rows. One rank alone has the table anyway.
-fn rows(files: &ModelFiles, plan: &Plan) -> Rows {
-    match plan.lookup {
-        Lookup::OnLast if plan.stages.len() > 1 => Rows::FromLast {
+/// How the first rank comes by its rows.
+fn rows(files: &ModelFiles, plan: &Plan, limits: &Limits) -> Rows {
+    match limits.rows {
+        PromptRows::Known => Rows::Local,
+        PromptRows::AskedFor => Rows::FromLast {
             row_bytes: files.architecture.hidden_size * plan.wire_dtype.size_bytes(),
         },
-        Lookup::OnLast | Lookup::OnFirst => Rows::Local,
     }
 }
 

@@ -9,7 +9,7 @@ use crate::model::{
 };
 use crate::pipeline::Compute;
 use crate::plan::{self, Role, WireDtype};
-use crate::wire::Step;
+use crate::wire::{Step, Upkeep};
 use anyhow::{Context, Result, bail, ensure};
 use mlx_rs::{Array, Device, DeviceType, Dtype, memory};
 use std::sync::Arc;
@@ -250,12 +250,14 @@ impl Compute for Stage {
         if let Some(share) = self.core_share {
             self.engine.use_threads(share.threads(step.in_flight));
         }
-        for fork in &step.forks {
-            let forked = self.engine.fork(fork.from, fork.to, fork.tokens as usize);
-            forked.with_context(|| format!("step {}", step.number))?;
-        }
-        for &slot in &step.release {
-            self.engine.release(slot);
+        for &upkeep in &step.upkeep {
+            match upkeep {
+                Upkeep::Release(slot) => self.engine.release(slot),
+                Upkeep::Fork(fork) => {
+                    let forked = self.engine.fork(fork.from, fork.to, fork.tokens as usize);
+                    forked.with_context(|| format!("step {}", step.number))?;
+                }
+            }
         }
         let parts = parts(step)?;
         let x = self.enter(step, payload)?;

@@ -11,10 +11,11 @@ use anyhow::{Context, Result, ensure};
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 use std::collections::HashMap;
+use std::io::{self, Write};
 use std::time::{Duration, Instant};
 
 /// Slices that a rank notes at most; what comes later is counted only.
-const MOST_SLICES: usize = 1 << 18;
+const MOST_SLICES: usize = 1 << 16;
 /// Round trips to each rank.
 const ROUND_TRIPS: usize = 64;
 /// Longest that a round trip may take.
@@ -178,52 +179,56 @@ fn receive(transport: &mut impl Transport, from: usize) -> Result<Vec<u8>> {
     })
 }
 
-/// All ranks' slices on rank 0's clock. `hosts` and `ahead_us`: by rank.
-pub fn render(ranks: &[RankTrace], hosts: &[&str], ahead_us: &[i64]) -> Value {
-    let earliest = ranks
-        .iter()
-        .zip(ahead_us)
-        .flat_map(|(rank, ahead)| {
-            rank.slices
-                .iter()
-                .map(move |slice| slice.start_us as i64 - ahead)
-        })
-        .min()
-        .unwrap_or(0);
-    let mut events = Vec::new();
-    let mut computed: HashMap<(u64, usize), (i64, i64)> = HashMap::new();
-    let mut handed_out: HashMap<u64, i64> = HashMap::new();
-    for (rank, (trace, (host, ahead))) in ranks.iter().zip(hosts.iter().zip(ahead_us)).enumerate() {
-        events.push(json!({
+/// Writes all ranks' slices on rank 0's clock. `hosts` and `ahead_us`: by rank.
+///
+/// # Errors
+/// Those of the output.
+pub fn write(
+    output: impl Write,
+    ranks: &[RankTrace],
+    hosts: &[&str],
+    ahead_us: &[i64],
+) -> io::Result<()> {
+    let left_out: u64 = ranks.iter().map(|rank| rank.left_out).sum();
+    let mut events = Events {
+        output,
+        has_any: false,
+    };
+    write!(
+        events.output,
+        "{{\"displayTimeUnit\":\"ms\",\"otherData\":{{\"slices_left_out\":{left_out}}},\"traceEvents\":["
+    )?;
+    let earliest = slices(ranks, ahead_us).map(|(_, slice)| slice.start).min();
+    let earliest = earliest.unwrap_or(0);
+    for (rank, host) in hosts.iter().enumerate() {
+        events.put(json!({
             "ph": "M", "name": "thread_name", "pid": 0, "tid": rank,
             "args": {"name": format!("rank {rank} on {host}")},
-        }));
-        for slice in &trace.slices {
-            let start = slice.start_us as i64 - ahead - earliest;
-            let end = slice.end_us as i64 - ahead - earliest;
-            events.push(json!({
-                "ph": "X", "name": format!("{} {}", slice.part.name(), slice.step),
-                "cat": slice.part.name(), "pid": 0, "tid": rank, "ts": start, "dur": end - start,
-                "args": {"step": slice.step, "sequences": slice.sequences, "tokens": slice.tokens},
-            }));
-            match slice.part {
-                Part::HandOut => {
-                    handed_out.insert(slice.step, start);
-                }
-                // A step's message leaves when its last part is done.
-                _ => {
-                    let times = computed.entry((slice.step, rank)).or_insert((start, end));
-                    times.1 = times.1.max(end);
-                }
-            }
-        }
+        }))?;
     }
-    for (&(step, rank), &(_, end)) in &computed {
+    let mut computed: HashMap<(u64, usize), Placed> = HashMap::new();
+    let mut handed_out: HashMap<u64, i64> = HashMap::new();
+    for (rank, slice) in slices(ranks, ahead_us) {
+        let (part, what) = (slice.what.part, slice.what);
+        events.put(json!({
+            "ph": "X", "name": format!("{} {}", part.name(), what.step), "cat": part.name(),
+            "pid": 0, "tid": rank, "ts": slice.start - earliest, "dur": slice.end - slice.start,
+            "args": {"step": what.step, "sequences": what.sequences, "tokens": what.tokens},
+        }))?;
+        if part == Part::HandOut {
+            handed_out.insert(what.step, slice.start);
+            continue;
+        }
+        // A step's message leaves when its last part is done.
+        let all = computed.entry((what.step, rank)).or_insert(slice);
+        all.end = all.end.max(slice.end);
+    }
+    for (&(step, rank), slice) in &computed {
         let is_last = rank + 1 == ranks.len();
         let next = match is_last {
             false => computed
                 .get(&(step, rank + 1))
-                .map(|&(start, _)| (rank + 1, start)),
+                .map(|next| (rank + 1, next.start)),
             true => handed_out.get(&step).map(|&start| (0, start)),
         };
         let Some((next_rank, arrival)) = next.filter(|_| ranks.len() > 1) else {
@@ -231,19 +236,52 @@ pub fn render(ranks: &[RankTrace], hosts: &[&str], ahead_us: &[i64]) -> Value {
         };
         let id = step as usize * ranks.len() + rank;
         let name = if is_last { "tokens" } else { "activations" };
-        let end = end.min(arrival);
-        events.push(json!({
-            "ph": "s", "name": name, "cat": "message", "id": id, "pid": 0, "tid": rank, "ts": end - 1,
-        }));
-        events.push(json!({
+        // A message begins inside of the slice that it comes from.
+        let departure = slice.end.min(arrival) - 1 - earliest;
+        events.put(json!({
+            "ph": "s", "name": name, "cat": "message", "id": id, "pid": 0, "tid": rank, "ts": departure,
+        }))?;
+        events.put(json!({
             "ph": "f", "bp": "e", "name": name, "cat": "message", "id": id, "pid": 0,
-            "tid": next_rank, "ts": arrival,
-        }));
+            "tid": next_rank, "ts": arrival - earliest,
+        }))?;
     }
-    let left_out: u64 = ranks.iter().map(|rank| rank.left_out).sum();
-    json!({
-        "displayTimeUnit": "ms",
-        "otherData": {"slices_left_out": left_out},
-        "traceEvents": events,
+    events.output.write_all(b"]}\n")?;
+    events.output.flush()
+}
+
+/// A slice on rank 0's clock, in microseconds.
+#[derive(Clone, Copy)]
+struct Placed<'a> {
+    what: &'a Slice,
+    start: i64,
+    end: i64,
+}
+
+/// The slices of all ranks.
+fn slices<'a>(
+    ranks: &'a [RankTrace],
+    ahead_us: &'a [i64],
+) -> impl Iterator<Item = (usize, Placed<'a>)> {
+    let ranks = ranks.iter().zip(ahead_us).enumerate();
+    ranks.flat_map(|(rank, (trace, ahead))| {
+        trace.slices.iter().map(move |what| {
+            let (start, end) = (what.start_us as i64 - ahead, what.end_us as i64 - ahead);
+            (rank, Placed { what, start, end })
+        })
     })
+}
+
+/// A list of events that is written as it grows.
+struct Events<W> {
+    output: W,
+    has_any: bool,
+}
+
+impl<W: Write> Events<W> {
+    fn put(&mut self, event: Value) -> io::Result<()> {
+        let separator = if self.has_any { ",\n" } else { "\n" };
+        self.has_any = true;
+        write!(self.output, "{separator}{event}")
+    }
 }

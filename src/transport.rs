@@ -30,6 +30,8 @@ pub enum Kind {
     Question,
     /// What the last rank answers.
     Answer,
+    /// From the last rank to the first: the embeddings of sampled tokens.
+    Rows,
     /// While a run is set up: probes of a link, weights.
     Setup,
 }
@@ -41,6 +43,7 @@ impl Kind {
             Self::Question => 2,
             Self::Answer => 3,
             Self::Setup => 4,
+            Self::Rows => 5,
         }
     }
 }
@@ -393,7 +396,13 @@ impl MpiTransport {
         let gathered = wait::until("the other ranks", limit, || {
             let _calling = self.messages();
             Ok(take_if_complete(&mut request))
-        })?;
+        });
+        if gathered.is_err() {
+            // Dropping a request asks MPI how it is.
+            let _calling = self.messages();
+            drop(request);
+        }
+        let gathered = gathered?;
         // SAFETY: from `Box::into_raw` above, and the request that read it is complete. (After an error
         // it stays leaked: MPI may still read it.)
         drop(unsafe { Box::from_raw(sent) });

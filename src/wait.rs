@@ -1,6 +1,7 @@
 //! Waiting that burns no core. MPI's blocking calls spin at full load; on a machine that shares its
 //! cores, or its power, between ranks this slows the ones that compute. So nothing here blocks inside
-//! MPI: a condition is polled, at first at once, then after yielding, then after growing pauses.
+//! MPI: a condition is polled, at first at once, then after yielding, then after pauses that are a small part of
+//! the time waited so far, so that what is noticed late is late by little.
 
 use crate::log::tell;
 use anyhow::{Result, bail};
@@ -12,6 +13,10 @@ use std::time::{Duration, Instant};
 
 /// Polls before the first pause: about what a message between processes of one host takes.
 const EAGER_POLLS: u32 = 64;
+/// A pause is this part of the time waited.
+const PAUSE_PART: u32 = 32;
+/// Shortest pause: what a system can sleep.
+const SHORTEST_PAUSE: Duration = Duration::from_micros(10);
 /// Longest pause while an answer is due.
 const LONGEST_PAUSE: Duration = Duration::from_micros(200);
 /// The pause once nothing has happened for [`IDLE_AFTER`].
@@ -143,15 +148,15 @@ impl Patience {
         } else if self.polls < 2 * EAGER_POLLS {
             thread::yield_now();
         } else {
-            thread::sleep(self.next_pause(longest));
+            thread::sleep(pause_after(self.elapsed(), longest));
         }
         Ok(())
     }
+}
 
-    fn next_pause(&self, longest: Duration) -> Duration {
-        let doublings = ((self.polls - 2 * EAGER_POLLS) / 8).min(16);
-        Duration::from_micros(10 << doublings).min(longest)
-    }
+/// The pause of a wait that has taken so long.
+fn pause_after(waited: Duration, longest: Duration) -> Duration {
+    (waited / PAUSE_PART).clamp(SHORTEST_PAUSE, longest)
 }
 
 impl Default for Patience {
@@ -206,14 +211,10 @@ mod tests {
 
     #[test]
     fn pauses_grow_to_their_bound_and_no_further() {
-        let mut patience = Patience::new();
-        for _ in 0..10_000 {
-            patience.polls += 1;
-            if patience.polls >= 2 * EAGER_POLLS {
-                assert!(patience.next_pause(LONGEST_PAUSE) <= LONGEST_PAUSE);
-            }
-        }
-        assert_eq!(patience.next_pause(LONGEST_PAUSE), LONGEST_PAUSE);
-        assert_eq!(patience.next_pause(IDLE_PAUSE), IDLE_PAUSE);
+        let after = |us, longest| pause_after(Duration::from_micros(us), longest);
+        assert_eq!(after(0, LONGEST_PAUSE), SHORTEST_PAUSE);
+        assert_eq!(after(3200, LONGEST_PAUSE), Duration::from_micros(100));
+        assert_eq!(after(1_000_000, LONGEST_PAUSE), LONGEST_PAUSE);
+        assert_eq!(after(1_000_000, IDLE_PAUSE), IDLE_PAUSE);
     }
 }

@@ -13,6 +13,10 @@ const MAGIC: [u8; 4] = *b"MXPS";
 const KIND_STEP: u8 = 1;
 const KIND_END: u8 = 2;
 const KIND_LOOKUP: u8 = 3;
+const UPKEEP_RELEASE: u8 = 1;
+const UPKEEP_FORK: u8 = 2;
+/// Bytes of the shortest upkeep.
+const UPKEEP_BYTES: usize = 5;
 
 /// Why a frame was refused.
 #[derive(Debug, thiserror::Error, PartialEq)]
@@ -89,6 +93,15 @@ pub struct Fork {
     pub tokens: u32,
 }
 
+/// What happens to a cache before a step.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Upkeep {
+    /// A slot is dropped.
+    Release(u32),
+    /// A slot begins as another.
+    Fork(Fork),
+}
+
 /// What a rank has spent its time on, in microseconds since its loop began.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct Load {
@@ -107,23 +120,12 @@ pub struct Step {
     pub number: u64,
     /// Steps on their way when this one sets out, itself included; at least 1.
     pub in_flight: u16,
-    /// Caches that begin as copies, before any is dropped.
-    pub forks: Vec<Fork>,
-    /// Slots whose caches are dropped before the step.
-    pub release: Vec<u32>,
+    /// What happens to caches before the step, in this order.
+    pub upkeep: Vec<Upkeep>,
     /// If the first rank wants to know: the loads of the ranks that the step has passed.
     pub loads: Option<Vec<Load>>,
     /// The sequences in the step, in the order of their rows.
     pub entries: Vec<Entry>,
-}
-
-/// What the answers of a run have in common; every rank knows it.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct AnswerShape {
-    /// Bytes of the embedding that travels with each token, 0 if none does.
-    pub row_bytes: usize,
-    /// Ranks of the run, each with a load where loads are wanted.
-    pub ranks: usize,
 }
 
 /// One frame from rank to rank.
@@ -158,13 +160,14 @@ impl Step {
             .filter_map(|entry| entry.sample.as_ref().map(|sample| (entry, sample)))
     }
 
-    /// Bytes of the [`Sampled`] that answers this step; every rank can tell them from the step.
-    pub fn sampled_bytes(&self, shape: AnswerShape) -> usize {
+    /// Bytes of the [`Sampled`] that answers this step in a run of so many ranks; every rank can tell them from the
+    /// step.
+    pub fn sampled_bytes(&self, ranks: usize) -> usize {
         let records: usize = self
             .sampled()
-            .map(|(_, sample)| record_bytes(sample.logprobs) + shape.row_bytes)
+            .map(|(_, sample)| record_bytes(sample.logprobs))
             .sum();
-        let loads = self.loads.as_ref().map_or(0, |_| shape.ranks * LOAD_BYTES);
+        let loads = self.loads.as_ref().map_or(0, |_| ranks * LOAD_BYTES);
         size_of::<u64>() + records + loads
     }
 }
@@ -184,15 +187,9 @@ pub fn encode(frame: &Frame) -> Vec<u8> {
             bytes.push(KIND_STEP);
             bytes.extend(step.number.to_le_bytes());
             bytes.extend(step.in_flight.to_le_bytes());
-            bytes.extend((step.forks.len() as u32).to_le_bytes());
-            for fork in &step.forks {
-                for field in [fork.from, fork.to, fork.tokens] {
-                    bytes.extend(field.to_le_bytes());
-                }
-            }
-            bytes.extend((step.release.len() as u32).to_le_bytes());
-            for slot in &step.release {
-                bytes.extend(slot.to_le_bytes());
+            bytes.extend((step.upkeep.len() as u32).to_le_bytes());
+            for upkeep in &step.upkeep {
+                encode_upkeep(upkeep, &mut bytes);
             }
             bytes.push(step.loads.is_some() as u8);
             if let Some(loads) = &step.loads {
@@ -212,6 +209,21 @@ fn encode_tokens(tokens: &[u32], bytes: &mut Vec<u8>) {
     bytes.extend((tokens.len() as u32).to_le_bytes());
     for token in tokens {
         bytes.extend(token.to_le_bytes());
+    }
+}
+
+fn encode_upkeep(upkeep: &Upkeep, bytes: &mut Vec<u8>) {
+    match upkeep {
+        Upkeep::Release(slot) => {
+            bytes.push(UPKEEP_RELEASE);
+            bytes.extend(slot.to_le_bytes());
+        }
+        Upkeep::Fork(fork) => {
+            bytes.push(UPKEEP_FORK);
+            for field in [fork.from, fork.to, fork.tokens] {
+                bytes.extend(field.to_le_bytes());
+            }
+        }
     }
 }
 
@@ -270,13 +282,9 @@ pub fn decode(bytes: &[u8]) -> Result<(Frame, &[u8]), WireError> {
 fn decode_step(reader: &mut Reader) -> Result<Step, WireError> {
     let number = reader.u64()?;
     let in_flight = u16::from_le_bytes(reader.array()?);
-    let fork_count = reader.count(3 * size_of::<u32>())?;
-    let forks = (0..fork_count)
-        .map(|_| decode_fork(reader))
-        .collect::<Result<_, _>>()?;
-    let release_count = reader.count(size_of::<u32>())?;
-    let release = (0..release_count)
-        .map(|_| reader.u32())
+    let upkeep_count = reader.count(UPKEEP_BYTES)?;
+    let upkeep = (0..upkeep_count)
+        .map(|_| decode_upkeep(reader))
         .collect::<Result<_, _>>()?;
     let loads = match reader.flag()? {
         false => None,
@@ -292,19 +300,33 @@ fn decode_step(reader: &mut Reader) -> Result<Step, WireError> {
     Ok(Step {
         number,
         in_flight,
-        forks,
-        release,
+        upkeep,
         loads,
         entries,
     })
 }
 
+fn decode_upkeep(reader: &mut Reader) -> Result<Upkeep, WireError> {
+    match reader.array::<1>()?[0] {
+        UPKEEP_RELEASE => Ok(Upkeep::Release(reader.u32()?)),
+        UPKEEP_FORK => Ok(Upkeep::Fork(decode_fork(reader)?)),
+        kind => Err(WireError::Foreign(format!("unknown kind of upkeep {kind}"))),
+    }
+}
+
 fn decode_fork(reader: &mut Reader) -> Result<Fork, WireError> {
-    Ok(Fork {
+    let fork = Fork {
         from: reader.u32()?,
         to: reader.u32()?,
         tokens: reader.u32()?,
-    })
+    };
+    match fork.from == fork.to {
+        true => Err(WireError::Inconsistent(format!(
+            "slot {} is to begin as itself",
+            fork.to
+        ))),
+        false => Ok(fork),
+    }
 }
 
 fn decode_loads(reader: &mut Reader, count: usize) -> Result<Vec<Load>, WireError> {
@@ -374,9 +396,6 @@ pub struct Sampled {
     pub step: u64,
     /// One a sampled entry.
     pub tokens: Vec<SampledToken>,
-    /// The tokens' embeddings, one below the other in the wire dtype, where the last rank looks them
-    /// up; else empty.
-    pub rows: Vec<u8>,
     /// The loads of all ranks, in their order, where the step asked for them; else empty.
     pub loads: Vec<Load>,
 }
@@ -407,21 +426,20 @@ impl Sampled {
             }
         }
         encode_loads(&self.loads, &mut bytes);
-        bytes.extend(&self.rows);
         bytes
     }
 
-    /// Reads the answer to `step`.
+    /// Reads the answer to `step` in a run of so many ranks.
     ///
     /// # Errors
     /// Another length than the step foretells, or another step's number.
-    pub fn decode(step: &Step, shape: AnswerShape, bytes: &[u8]) -> Result<Self, WireError> {
-        if bytes.len() != step.sampled_bytes(shape) {
+    pub fn decode(step: &Step, ranks: usize, bytes: &[u8]) -> Result<Self, WireError> {
+        if bytes.len() != step.sampled_bytes(ranks) {
             return Err(WireError::Inconsistent(format!(
                 "step {} is answered by {} bytes, expected {}",
                 step.number,
                 bytes.len(),
-                step.sampled_bytes(shape)
+                step.sampled_bytes(ranks)
             )));
         }
         let mut reader = Reader { bytes, at: 0 };
@@ -438,13 +456,12 @@ impl Sampled {
             .collect::<Result<_, _>>()?;
         let loads = match step.loads {
             None => Vec::new(),
-            Some(_) => decode_loads(&mut reader, shape.ranks)?,
+            Some(_) => decode_loads(&mut reader, ranks)?,
         };
         Ok(Self {
             step: number,
             tokens,
             loads,
-            rows: bytes[reader.at..].to_vec(),
         })
     }
 }
@@ -562,24 +579,31 @@ mod tests {
     }
 
     fn step() -> impl Strategy<Value = Step> {
-        let fork = any::<[u32; 3]>().prop_map(|[from, to, tokens]| Fork { from, to, tokens });
         (
             any::<(u64, u16)>(),
-            prop::collection::vec(fork, 0..3),
-            prop::collection::vec(any::<u32>(), 0..5),
+            prop::collection::vec(upkeep(), 0..5),
             prop::option::of(prop::collection::vec(load(), 0..4)),
             prop::collection::vec(entry(), 0..5),
         )
-            .prop_map(
-                |((number, in_flight), forks, release, loads, entries)| Step {
-                    number,
-                    in_flight,
-                    forks,
-                    release,
-                    loads,
-                    entries,
-                },
-            )
+            .prop_map(|((number, in_flight), upkeep, loads, entries)| Step {
+                number,
+                in_flight,
+                upkeep,
+                loads,
+                entries,
+            })
+    }
+
+    fn upkeep() -> impl Strategy<Value = Upkeep> {
+        let fork = |[from, to, tokens]: [u32; 3]| Fork {
+            from,
+            to: if to == from { !to } else { to },
+            tokens,
+        };
+        prop_oneof![
+            any::<u32>().prop_map(Upkeep::Release),
+            any::<[u32; 3]>().prop_map(move |fields| Upkeep::Fork(fork(fields))),
+        ]
     }
 
     fn load() -> impl Strategy<Value = Load> {
@@ -617,10 +641,9 @@ mod tests {
         #[test]
         fn sampled_tokens_have_the_length_that_the_step_foretells(
             step in step(),
-            row_bytes in 0usize..9,
             all_loads in prop::collection::vec(load(), 1..5),
         ) {
-            let shape = AnswerShape { row_bytes, ranks: all_loads.len() };
+            let ranks = all_loads.len();
             let sampled = Sampled {
                 step: step.number,
                 tokens: step.sampled().map(|(entry, sample)| SampledToken {
@@ -628,13 +651,12 @@ mod tests {
                     logprob: sample.logprobs.map(|_| -0.5),
                     top: vec![(7, -1.0); sample.logprobs.unwrap_or(0) as usize],
                 }).collect(),
-                rows: vec![7; row_bytes * step.sampled().count()],
                 loads: if step.loads.is_some() { all_loads } else { Vec::new() },
             };
             let bytes = sampled.encode();
-            prop_assert_eq!(bytes.len(), step.sampled_bytes(shape));
-            prop_assert_eq!(Sampled::decode(&step, shape, &bytes), Ok(sampled));
-            prop_assert!(Sampled::decode(&step, shape, &bytes[1..]).is_err());
+            prop_assert_eq!(bytes.len(), step.sampled_bytes(ranks));
+            prop_assert_eq!(Sampled::decode(&step, ranks, &bytes), Ok(sampled));
+            prop_assert!(Sampled::decode(&step, ranks, &bytes[1..]).is_err());
         }
     }
 
@@ -652,6 +674,20 @@ mod tests {
             ..Step::default()
         };
         assert!(encode(&Frame::Step(step)).len() < 100);
+    }
+
+    #[test]
+    fn a_slot_that_is_to_begin_as_itself_is_refused() {
+        let step = Step {
+            upkeep: vec![Upkeep::Fork(Fork {
+                from: 7,
+                to: 7,
+                tokens: 1,
+            })],
+            ..Step::default()
+        };
+        let refused = decode(&encode(&Frame::Step(step))).unwrap_err();
+        assert!(refused.to_string().contains("slot 7"), "{refused}");
     }
 
     #[test]

@@ -118,3 +118,35 @@ fn a_bad_line_does_not_stop_the_others() {
             .contains("Paris")
     );
 }
+
+#[test]
+fn what_is_asked_together_is_answered_as_if_it_were_alone() {
+    let questions = [
+        r#"{"messages": [{"role": "user", "content": "What is the capital of France?"}], "stop": ["Par"]}"#,
+        r#"{"prompt": "Once upon a time", "temperature": 0.8, "seed": 7, "max_tokens": 30, "stop": [".", "\n"]}"#,
+        r#"{"prompt": "The sea is", "temperature": 1.1, "top_p": 0.9, "max_tokens": 20, "logprobs": 2}"#,
+        "Name three colours.",
+        "What is the capital of Italy?",
+        r#"{"prompt": "1, 2, 3, 4,", "max_tokens": 12, "repetition_penalty": 1.2}"#,
+    ];
+    // Twice, so that the second time every beginning is known already.
+    let input = [&questions[..], &questions[..]].concat().join("\n");
+    let answers = |command, options: &[&str]| {
+        let options = [options, &["--max-tokens", "16", "--format", "jsonl"]].concat();
+        let ran = ask(command, &options, &input);
+        let choices = ran.json_lines();
+        let choices = choices.iter().map(|answer| answer["choices"].clone());
+        (choices.collect::<Vec<_>>(), digest(&ran))
+    };
+    let alone = answers(program(), &["--max-sequences", "1"]);
+    assert_eq!(answers(mpirun(3), &[]), alone);
+    let crowded = [
+        "--max-batch",
+        "3",
+        "--steps-in-flight",
+        "5",
+        "--prefill-chunk",
+        "9",
+    ];
+    assert_eq!(answers(mpirun(2), &crowded), alone);
+}

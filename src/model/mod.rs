@@ -34,7 +34,10 @@ pub use fields::{ConfigError, Fields};
 pub use files::{ModelFiles, ModelTexts, Outline};
 pub use generation::end_of_sequence_ids;
 pub use inventory::Inventory;
-pub use mlx_pipe_kernels::Span;
+pub use mlx_pipe_kernels::{BLOCK_TOKENS as OWN_CACHE_BLOCK_TOKENS, Span};
 pub use own::Machine;
 pub use quantization::{Affine, Quantization};
 pub use weights::Weights;
+
+/// Tokens by which a cache of MLX's kernels grows.
+pub const MLX_CACHE_GROWTH_TOKENS: usize = cache::BLOCK_TOKENS as usize;

@@ -2,8 +2,8 @@
 //! which order is checked where it arrives, and so is the end.
 
 use super::*;
-use crate::schedule::Limits;
-use crate::wire::SampleParams;
+use crate::schedule::{Forks, Limits, PromptRows};
+use crate::wire::{SampleParams, Upkeep};
 use proptest::prelude::*;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
@@ -84,7 +84,7 @@ impl Transport for LocalTransport {
         let is_allowed = match kind {
             Kind::Frame => to == self.rank + 1 && to < self.size,
             Kind::Question => (self.rank, to) == (0, last),
-            Kind::Answer => (self.rank, to) == (last, 0),
+            Kind::Answer | Kind::Rows => (self.rank, to) == (last, 0),
             Kind::Setup => false,
         };
         assert!(is_allowed, "{kind:?} from rank {} to {to}", self.rank);
@@ -176,12 +176,16 @@ impl Compute for Sums {
 
     fn run(&mut self, step: &Step, payload: &[u8]) -> Result<Output> {
         pass(self.delay);
-        for fork in &step.forks {
-            let begun = self.rows[&fork.from][..fork.tokens as usize].to_vec();
-            self.rows.insert(fork.to, begun);
-        }
-        for slot in &step.release {
-            self.rows.remove(slot);
+        for &upkeep in &step.upkeep {
+            match upkeep {
+                Upkeep::Release(slot) => {
+                    self.rows.remove(&slot);
+                }
+                Upkeep::Fork(fork) => {
+                    let begun = self.rows[&fork.from][..fork.tokens as usize].to_vec();
+                    self.rows.insert(fork.to, begun);
+                }
+            }
         }
         let incoming: Vec<u64> = match self.looks_up {
             true => step.tokens().iter().map(|&token| token as u64).collect(),
@@ -315,8 +319,8 @@ impl Setup {
                 steps_in_flight,
                 sequences: 64,
                 kv_blocks: 1000,
-                forks_are_copies: false,
-                looks_up: true,
+                forks: Forks::Shared,
+                rows: PromptRows::Known,
             },
             compute_us: vec![0],
             message_us: vec![0],
@@ -328,9 +332,9 @@ impl Setup {
 /// Runs the prompts on ranks that are threads; the feed with its answers.
 fn generate(prompts: &[(Vec<u32>, usize)], setup: &Setup) -> List {
     let ranks = setup.limits.ranks;
-    let rows = match setup.limits.looks_up {
-        true => Rows::Local,
-        false => Rows::FromLast { row_bytes: 8 },
+    let rows = match setup.limits.rows {
+        PromptRows::Known => Rows::Local,
+        PromptRows::AskedFor => Rows::FromLast { row_bytes: 8 },
     };
     let delays: Vec<_> = setup
         .message_us
@@ -379,7 +383,7 @@ fn setups() -> impl Strategy<Value = Setup> {
         .prop_map(
             |(
                 (ranks, max_batch, step_tokens),
-                (steps_in_flight, sequences, kv_blocks, forks_are_copies, looks_up),
+                (steps_in_flight, sequences, kv_blocks, copies, asks),
                 compute_us,
                 message_us,
                 hesitation,
@@ -391,8 +395,14 @@ fn setups() -> impl Strategy<Value = Setup> {
                     steps_in_flight,
                     sequences,
                     kv_blocks,
-                    forks_are_copies,
-                    looks_up: looks_up || ranks == 1,
+                    forks: match copies {
+                        false => Forks::Shared,
+                        true => Forks::Copied { growth: 2 },
+                    },
+                    rows: match asks && ranks > 1 {
+                        false => PromptRows::Known,
+                        true => PromptRows::AskedFor,
+                    },
                 },
                 compute_us,
                 message_us,

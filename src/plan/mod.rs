@@ -40,9 +40,7 @@ pub use estimate::Rates;
 use footprint::Ledger;
 pub use footprint::{Footprint, StageTime};
 pub use outlook::{outlook, what_if_table, without_line};
-pub use predict::{
-    DEFAULT_PREFILL_CHUNK, Prediction, Predictor, RequestTimes, SAMPLE_PROMPT_TOKENS,
-};
+pub use predict::{Prediction, Predictor, RequestTimes, SAMPLE_PROMPT_TOKENS};
 pub use shortfall::{RankNeed, Shortfall};
 pub use strategy::{LayerRanges, ParseLayersError, ParseStrategyError, Strategy};
 use table::counted;
@@ -364,6 +362,11 @@ impl Plan {
         let tokens = self.sample_prompt_tokens();
         let chunks = [512, 256, 128, 64, 32].into_iter();
         chunks.min_by_key(|&chunk| predictor.first_token_ns(tokens, chunk))
+    }
+
+    /// How fast this plan is predicted to be with a prompt of [`Plan::sample_prompt_tokens`], in the best chunks.
+    pub fn predicted(&self) -> Option<Prediction> {
+        self.predict(self.sample_prompt_tokens(), self.best_prefill_chunk()?)
     }
 
     /// The layers of each rank, as `--layers` takes them.

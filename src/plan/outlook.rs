@@ -2,10 +2,7 @@
 //! table of `--what-if`. At most 80 columns.
 
 use super::table::{Align, Table, conditions, gigabytes, percent, printable, shorten, size};
-use super::{
-    DEFAULT_PREFILL_CHUNK, Gain, ModelShape, Plan, PlanError, Prediction, RankNeed, StageTime,
-    TimeSource,
-};
+use super::{Gain, ModelShape, Plan, PlanError, Prediction, RankNeed, StageTime, TimeSource};
 
 /// Widest line in characters.
 const WIDTH: usize = 80;
@@ -29,7 +26,7 @@ fn prediction_lines(plan: &Plan) -> Vec<(&'static str, String)> {
         let text = format!("{} tokens/s, {}", rate(per_s), idle(idle_share));
         ("full pipeline", text)
     };
-    match plan.predict(tokens, DEFAULT_PREFILL_CHUNK) {
+    match plan.predicted() {
         None => vec![
             (
                 "one stream",
@@ -165,7 +162,7 @@ fn fitting_cells(plan: &Plan, unit: Option<StageTime>) -> [String; 5] {
         .stages
         .iter()
         .map(|stage| stage.footprint.total_bytes());
-    let prediction = plan.predict(plan.sample_prompt_tokens(), DEFAULT_PREFILL_CHUNK);
+    let prediction = plan.predicted();
     let known = |figure: fn(&Prediction) -> String| {
         prediction.as_ref().map_or_else(|| "-".to_owned(), figure)
     };

@@ -9,8 +9,6 @@ use super::{DeviceCost, LinkCost, Lookup, Plan, Stage, TimeSource};
 
 /// Tokens of the prompt for which predictions are printed and tied tables decided.
 pub const SAMPLE_PROMPT_TOKENS: u64 = 512;
-/// Most prompt tokens in a step, as a run has it by default.
-pub const DEFAULT_PREFILL_CHUNK: u64 = 512;
 
 /// What a message holds besides rows: length, step, entry, sampling parameters.
 const HEADER_BYTES: u64 = 64;
@@ -161,7 +159,8 @@ impl Predictor<'_> {
         let chunk_count = prompt_tokens.max(1).div_ceil(chunk_tokens);
         // finish[rank]: when it is done with the chunk before.
         let mut finish = vec![0_u64; self.parts.len()];
-        let start_ns = self.question_ns(prompt_tokens);
+        // The rows of later chunks come while earlier ones are computed.
+        let start_ns = self.question_ns(prompt_tokens.min(chunk_tokens));
         for number in 0..chunk_count {
             let position = number * chunk_tokens;
             let chunk = Chunk {

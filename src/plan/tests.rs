@@ -798,7 +798,7 @@ fn the_outlook_reads_as_intended() {
     };
     let made = plan(&request).unwrap();
     let expected = "\
-first token      0.742 s after 512 prompt tokens (690 a second)
+first token      0.474 s after 512 prompt tokens (1081 a second)
 one stream       48.0 tokens/s, ranks idle 68 %
 full pipeline    150 tokens/s, ranks idle 5 %
 longest context  40960 at 1 sequence, the model's

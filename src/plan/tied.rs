@@ -2,8 +2,8 @@
 //!
 //! Separate because it plans twice and compares predictions, which no strategy does.
 
-use super::predict::{DEFAULT_PREFILL_CHUNK, clearly_faster};
-use super::{Head, ModelShape, Plan, PlanError, PlanRequest, plan};
+use super::predict::clearly_faster;
+use super::{Head, ModelShape, Plan, PlanError, PlanRequest, Predictor, plan};
 
 /// Makes the plan, and where the request's table is tied and held once, asks whether both ends should hold
 /// it: if that fits on every rank and is predicted to be faster by 5 % or more, to the first token of a
@@ -34,13 +34,19 @@ pub fn plan_choosing_table(request: &PlanRequest<'_>) -> Result<Plan, PlanError>
 
 fn is_worth_it(once: &Plan, both: &Plan) -> bool {
     let prompt_tokens = once.sample_prompt_tokens();
-    let (Some(once), Some(both)) = (once.predictor(), both.predictor()) else {
+    let (Some((once, once_chunk)), Some((both, both_chunk))) = (predictor(once), predictor(both))
+    else {
         return false;
     };
-    let first_token_ns =
-        [&once, &both].map(|plan| plan.first_token_ns(prompt_tokens, DEFAULT_PREFILL_CHUNK));
+    let first_token_ns = [(&once, once_chunk), (&both, both_chunk)]
+        .map(|(plan, chunk)| plan.first_token_ns(prompt_tokens, chunk));
     let decode_ns = [&once, &both].map(|plan| plan.decode_ns(prompt_tokens));
     [first_token_ns, decode_ns]
         .into_iter()
         .any(|[once_ns, both_ns]| clearly_faster(both_ns, once_ns))
+}
+
+/// What predicts a plan's times, and the prompt tokens a step that are best for it.
+fn predictor(plan: &Plan) -> Option<(Predictor<'_>, u64)> {
+    Some((plan.predictor()?, plan.best_prefill_chunk()?))
 }

@@ -1,6 +1,8 @@
 //! How many blocks of keys and values the caches hold, and who holds them: what the plan has memory for is not
 //! exceeded, and a block that several sequences share counts once.
 
+use std::collections::HashSet;
+
 /// Tokens of a block.
 pub const BLOCK_TOKENS: usize = 64;
 
@@ -24,6 +26,12 @@ impl Blocks {
     /// Blocks that nobody holds.
     pub fn free(&self) -> usize {
         self.free.len()
+    }
+
+    /// Blocks that would be free if these were all that are held.
+    pub fn left_by<'a>(&self, held: impl Iterator<Item = &'a u32>) -> usize {
+        let held: HashSet<u32> = held.copied().collect();
+        self.holders.len() - held.len()
     }
 
     /// Takes free blocks; `None` if there are fewer.

@@ -1,7 +1,7 @@
 //! Where one sequence stands.
 
-use super::Prompt;
 use super::blocks::BLOCK_TOKENS;
+use super::{Prompt, PromptRows};
 use crate::wire::{Entry, SampleParams};
 
 /// A sequence that has begun.
@@ -36,11 +36,11 @@ pub struct Source {
 
 impl Sequence {
     /// A sequence whose first `taken_over` tokens are another's.
-    pub fn new(prompt: Prompt, taken_over: usize, blocks: Vec<u32>, looks_up: bool) -> Self {
+    pub fn new(prompt: Prompt, taken_over: usize, blocks: Vec<u32>, rows: PromptRows) -> Self {
         let prompt_tokens = prompt.tokens.len();
-        let rows_known = match looks_up {
-            true => prompt_tokens,
-            false => taken_over,
+        let rows_known = match rows {
+            PromptRows::Known => prompt_tokens,
+            PromptRows::AskedFor => taken_over,
         };
         Self {
             key: prompt.key,
@@ -54,10 +54,11 @@ impl Sequence {
         }
     }
 
-    /// Blocks that a prompt and its answer fill. The last token sampled is never computed.
-    pub fn blocks_of(prompt: &Prompt) -> usize {
+    /// Blocks that a prompt and its answer fill in a cache that grows by `growth` blocks. The last token sampled is
+    /// never computed.
+    pub fn blocks_of(prompt: &Prompt, growth: usize) -> usize {
         let tokens = prompt.tokens.len().saturating_add(prompt.max_tokens);
-        tokens.saturating_sub(1).div_ceil(BLOCK_TOKENS)
+        filled_blocks(tokens.saturating_sub(1), growth)
     }
 
     /// Whether its prompt is computed, or will be when the steps so far are done.
@@ -89,23 +90,22 @@ impl Sequence {
         }
     }
 
-    /// The next tokens of the prompt whose rows to ask for: `most` ahead of what is asked for to be computed.
-    pub fn ask(&mut self, most: usize) -> Option<Vec<u32>> {
-        let (from, to) = (
-            self.rows_asked,
-            self.prompt_tokens.min(self.rows_asked + most),
-        );
-        if from >= to || from - self.launched.min(from) >= most {
-            return None;
-        }
-        self.rows_asked = to;
-        Some(self.tokens[from..to].to_vec())
+    /// Tokens of the prompt whose rows have been asked for and that are not computed yet.
+    pub fn asked_ahead(&self) -> usize {
+        self.rows_asked.saturating_sub(self.launched)
+    }
+
+    /// The next tokens of the prompt whose rows to ask for, `most` of them.
+    pub fn ask(&mut self, most: usize) -> Vec<u32> {
+        let from = self.rows_asked.min(self.prompt_tokens);
+        self.rows_asked = self.prompt_tokens.min(from + most);
+        self.tokens[from..self.rows_asked].to_vec()
     }
 
     /// No more tokens come: only what is cached counts from now on. Returns the blocks that were never filled.
-    pub fn end(&mut self) -> Vec<u32> {
+    pub fn end(&mut self, growth: usize) -> Vec<u32> {
         self.tokens.truncate(self.launched);
-        let filled = self.launched.div_ceil(BLOCK_TOKENS);
+        let filled = filled_blocks(self.launched, growth);
         self.blocks.split_off(filled.min(self.blocks.len()))
     }
 
@@ -122,4 +122,11 @@ impl Sequence {
             soon,
         })
     }
+}
+
+/// Blocks that a cache of so many tokens has.
+fn filled_blocks(tokens: usize, growth: usize) -> usize {
+    tokens
+        .div_ceil(BLOCK_TOKENS)
+        .next_multiple_of(growth.max(1))
 }

@@ -3,7 +3,8 @@
 
 use super::*;
 use proptest::prelude::*;
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
+use std::rc::Rc;
 
 const LIMITS: Limits = Limits {
     ranks: 1,
@@ -12,9 +13,15 @@ const LIMITS: Limits = Limits {
     steps_in_flight: 2,
     sequences: 16,
     kv_blocks: 1000,
-    forks_are_copies: false,
-    looks_up: true,
+    forks: Forks::Shared,
+    rows: PromptRows::Known,
 };
+
+const FORKS: [Forks; 3] = [
+    Forks::Shared,
+    Forks::Copied { growth: 1 },
+    Forks::Copied { growth: 4 },
+];
 
 fn prompt(key: u64, tokens: Vec<u32>, max_tokens: usize) -> Prompt {
     Prompt {
@@ -31,10 +38,27 @@ fn next_token(tokens: &[u32]) -> u32 {
     tokens.iter().fold(7, mix) % 11
 }
 
+/// A cache as a rank has it.
+#[derive(Default)]
+struct Cache {
+    tokens: Vec<u32>,
+    /// As many as the tokens fill; caches that share a block hold the same one.
+    blocks: Vec<Rc<()>>,
+}
+
+impl Cache {
+    fn extend(&mut self, tokens: &[u32], growth: usize) {
+        self.tokens.extend(tokens);
+        let filled = self.tokens.len().div_ceil(BLOCK_TOKENS);
+        self.blocks
+            .resize_with(filled.next_multiple_of(growth), Rc::default);
+    }
+}
+
 /// Caches as a rank has them, and the steps on their way.
 struct Ranks {
     limits: Limits,
-    caches: HashMap<u32, Vec<u32>>,
+    caches: HashMap<u32, Cache>,
     under_way: VecDeque<Step>,
     next_number: u64,
     computed_tokens: usize,
@@ -59,17 +83,21 @@ impl Ranks {
     fn execute(&mut self, step: Step) {
         assert_eq!(step.number, self.next_number);
         self.next_number += 1;
-        for fork in &step.forks {
-            let from = &self.caches[&fork.from];
-            assert!(
-                from.len() >= fork.tokens as usize,
-                "a fork beyond its source"
-            );
-            let begun = from[..fork.tokens as usize].to_vec();
-            assert!(self.caches.insert(fork.to, begun).is_none());
-        }
-        for slot in &step.release {
-            self.caches.remove(slot);
+        let growth = match self.limits.forks {
+            Forks::Shared => 1,
+            Forks::Copied { growth } => growth,
+        };
+        for &upkeep in &step.upkeep {
+            match upkeep {
+                Upkeep::Release(slot) => {
+                    self.caches.remove(&slot);
+                }
+                Upkeep::Fork(fork) => {
+                    let begun = self.begun(fork, growth);
+                    assert!(self.caches.insert(fork.to, begun).is_none());
+                }
+            }
+            self.check_memory();
         }
         assert!(!step.entries.is_empty(), "an empty step");
         for (index, entry) in step.entries.iter().enumerate() {
@@ -77,30 +105,44 @@ impl Ranks {
             assert!(before.iter().all(|other| other.slot != entry.slot));
             let cache = self.caches.entry(entry.slot).or_default();
             assert_eq!(
-                cache.len(),
+                cache.tokens.len(),
                 entry.start as usize,
                 "a gap, or tokens computed twice"
             );
-            cache.extend(&entry.tokens);
+            cache.extend(&entry.tokens, growth);
         }
         self.computed_tokens += step.row_count();
         let decoding = step.entries.iter().filter(|entry| entry.tokens.len() == 1);
         self.largest_group = self.largest_group.max(decoding.count());
-        assert!(step.row_count() <= self.limits.step_tokens.max(self.limits.max_batch + 1));
-        let blocks = |cache: &Vec<u32>| cache.len().div_ceil(BLOCK_TOKENS);
-        if self.limits.forks_are_copies {
-            let held: usize = self.caches.values().map(blocks).sum();
-            assert!(
-                held <= self.limits.kv_blocks,
-                "more than the plan has memory for"
-            );
-        }
+        let most = self.limits.step_tokens;
+        assert!(step.row_count() <= most.max(self.limits.max_batch + most.div_ceil(2)));
+        self.check_memory();
         self.under_way.push_back(step);
         assert_eq!(
             self.under_way.len(),
             self.under_way.back().unwrap().in_flight as usize
         );
         self.most_under_way = self.most_under_way.max(self.under_way.len());
+    }
+
+    fn begun(&self, fork: Fork, growth: usize) -> Cache {
+        let (from, tokens) = (&self.caches[&fork.from], fork.tokens as usize);
+        assert!(from.tokens.len() >= tokens, "a fork beyond its source");
+        let mut begun = Cache::default();
+        if self.limits.forks == Forks::Shared {
+            begun.blocks = from.blocks[..tokens / BLOCK_TOKENS].to_vec();
+        }
+        begun.extend(&from.tokens[..tokens], growth);
+        begun
+    }
+
+    fn check_memory(&self) {
+        let blocks = self.caches.values().flat_map(|cache| &cache.blocks);
+        let held: HashSet<*const ()> = blocks.map(Rc::as_ptr).collect();
+        assert!(
+            held.len() <= self.limits.kv_blocks,
+            "more than the plan has memory for"
+        );
     }
 }
 
@@ -121,13 +163,13 @@ fn run(limits: Limits, prompts: &[Prompt], delays: &[usize]) -> (HashMap<u64, Ve
         }
         assert!(schedule.sequences() <= limits.sequences);
         for (slot, tokens) in schedule.wanted_rows() {
-            assert!(!limits.looks_up);
+            assert_eq!(limits.rows, PromptRows::AskedFor);
             questions.push_back((slot, tokens.len()));
         }
-        if turn % 2 == 0 {
-            if let Some((slot, count)) = questions.pop_front() {
-                schedule.rows_came(slot, count);
-            }
+        if turn % 2 == 0
+            && let Some((slot, count)) = questions.pop_front()
+        {
+            schedule.rows_came(slot, count);
         }
         if let Some(step) = schedule.next_step() {
             due.push_back(turn + delays[step.number as usize % delays.len()]);
@@ -139,8 +181,8 @@ fn run(limits: Limits, prompts: &[Prompt], delays: &[usize]) -> (HashMap<u64, Ve
             let step = ranks.under_way.pop_front().unwrap();
             schedule.answered();
             for (entry, _) in step.sampled() {
-                let sequence =
-                    &ranks.caches[&entry.slot][..entry.start as usize + entry.tokens.len()];
+                let end = entry.start as usize + entry.tokens.len();
+                let sequence = &ranks.caches[&entry.slot].tokens[..end];
                 let token = next_token(sequence);
                 let key = schedule.key(entry.slot).unwrap();
                 let answer = answers.entry(key).or_default();
@@ -192,21 +234,25 @@ fn prompts() -> impl Strategy<Value = Vec<Prompt>> {
 fn limits() -> impl Strategy<Value = Limits> {
     (
         (1usize..6, 1usize..9, 1usize..100),
-        (1usize..8, 1usize..20, 5usize..60),
-        any::<[bool; 2]>(),
+        (1usize..8, 1usize..20, 8usize..60),
+        prop::sample::select(&FORKS[..]),
+        prop::sample::select(&[PromptRows::Known, PromptRows::AskedFor][..]),
     )
         .prop_map(
-            |((ranks, max_batch, step_tokens), (steps_in_flight, sequences, kv_blocks), flags)| {
-                Limits {
-                    ranks,
-                    max_batch,
-                    step_tokens,
-                    steps_in_flight,
-                    sequences,
-                    kv_blocks,
-                    forks_are_copies: flags[0],
-                    looks_up: flags[1],
-                }
+            |(
+                (ranks, max_batch, step_tokens),
+                (steps_in_flight, sequences, kv_blocks),
+                forks,
+                rows,
+            )| Limits {
+                ranks,
+                max_batch,
+                step_tokens,
+                steps_in_flight,
+                sequences,
+                kv_blocks,
+                forks,
+                rows,
             },
         )
 }
@@ -254,17 +300,17 @@ fn shared_blocks_count_once_so_that_more_sequences_fit() {
     let header: Vec<u32> = (0..640).map(|at| at % 5).collect();
     let with_tail = |key: u64| prompt(key, [&header[..], &[key as u32]].concat(), 60);
     let prompts: Vec<Prompt> = (0..6).map(with_tail).collect();
-    let most_at_once = |forks_are_copies| {
+    let most_at_once = |forks| {
         let limits = Limits {
             kv_blocks: 13,
-            forks_are_copies,
+            forks,
             step_tokens: 700,
             ..LIMITS
         };
         run(limits, &prompts, &[0]).1.largest_group
     };
-    assert_eq!(most_at_once(false), 3);
-    assert_eq!(most_at_once(true), 1);
+    assert_eq!(most_at_once(Forks::Shared), 3);
+    assert_eq!(most_at_once(Forks::Copied { growth: 1 }), 1);
 }
 
 #[test]
@@ -346,4 +392,57 @@ fn a_group_waits_to_be_full_only_while_every_rank_has_a_step() {
     schedule.answered();
     schedule.continue_with(2, 5);
     assert_eq!(schedule.next_step().unwrap().entries.len(), 2);
+}
+
+#[test]
+fn a_prompt_that_waits_for_another_holds_up_no_third() {
+    let mut schedule = Schedule::new(Limits {
+        steps_in_flight: 9,
+        ..LIMITS
+    });
+    let long: Vec<u32> = (0..300).map(|at| at % 9).collect();
+    schedule.admit(prompt(0, long.clone(), 2));
+    schedule.admit(prompt(1, [&long[..], &[1]].concat(), 2));
+    schedule.admit(prompt(2, vec![5, 5], 2));
+    schedule.next_step().unwrap();
+    let begun: Vec<u64> = schedule.live.values().map(|one| one.key).collect();
+    assert_eq!(begun, [0, 2]);
+}
+
+#[test]
+fn a_prompt_goes_on_beside_however_many_that_decode() {
+    let mut schedule = Schedule::new(LIMITS);
+    for key in 0..8 {
+        schedule.admit(prompt(key, vec![1], 50));
+    }
+    schedule.next_step().unwrap();
+    schedule.answered();
+    (0..8).for_each(|slot| schedule.continue_with(slot, 5));
+    schedule.admit(prompt(8, vec![2; 100], 2));
+    let step = schedule.next_step().unwrap();
+    assert_eq!(step.entries.last().unwrap().tokens.len(), 4);
+}
+
+#[test]
+fn caches_that_are_kept_are_not_dropped_for_what_then_has_no_room_anyway() {
+    let header: Vec<u32> = (0..128).map(|at| at % 7).collect();
+    let limits = Limits {
+        kv_blocks: 8,
+        step_tokens: 1000,
+        ..LIMITS
+    };
+    let mut schedule = Schedule::new(limits);
+    schedule.admit(prompt(0, header.clone(), 1));
+    let first = schedule.next_step().unwrap();
+    schedule.admit(prompt(1, vec![8; 200], 100));
+    schedule.next_step().unwrap();
+    schedule.answered();
+    schedule.finish(first.entries[0].slot);
+    // Two blocks are kept, five are taken, and seven are wanted.
+    schedule.admit(prompt(2, vec![9; 400], 48));
+    assert!(schedule.next_step().is_none());
+    assert_eq!(schedule.ended.len(), 1);
+    // The header is still there for who can begin.
+    schedule.admit(prompt(3, [&header[..], &[1]].concat(), 1));
+    assert!(schedule.upkeep.is_empty());
 }
