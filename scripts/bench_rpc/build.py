@@ -22,6 +22,7 @@ SETTINGS = {
     "GGML_RPC": "ON",
     "GGML_RPC_RDMA": "OFF",  # it is the network that is counted
     "LLAMA_BUILD_EXAMPLES": "OFF",
+    "CMAKE_BUILD_RPATH_USE_ORIGIN": "ON",  # a checkout that is moved keeps it
     "LLAMA_BUILD_SERVER": "OFF",
     "LLAMA_BUILD_TESTS": "OFF",
 }

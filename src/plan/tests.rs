@@ -829,8 +829,8 @@ with the first ranks only: fullest rank in GB, one stream and full pipeline
 (in tokens a second)
 ranks  split                         fullest  stream  pipeline  first token
     1  does not fit: lacks 1.768 GB        -       -         -            -
-    2  17/11                           1.810    48.5       104      0.709 s
-    3  11/12/5                         1.288    48.0       150      0.742 s
+    2  17/11                           1.810    48.5       104      0.642 s
+    3  11/12/5                         1.288    48.0       150      0.474 s
 ";
     assert_eq!(what_if_table(&plans), expected);
 }
