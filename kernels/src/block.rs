@@ -5,6 +5,7 @@
 //! plain floats column by column `y = fma(x, w, y)`. The order is the same for one token and for many, so a token's
 //! result does not depend on its neighbours, nor on threads, for a block is one thread's.
 
+use crate::ahead::is_asked;
 use crate::arch::{LANES, QUAD_BYTES, Simd, VECTOR_BYTES};
 use crate::linear::{Linear, Weight};
 use crate::plain::Plain;
@@ -139,19 +140,24 @@ impl QuantizedBlock<'_> {
     }
 
     /// What a tile asks for of the weights to come. A single tile goes by them once, at memory's pace, and asks for
-    /// what it needs soon; several share the next block, so that memory works while they compute.
+    /// what it needs soon, where that helps; several share the next block, so that memory works while they compute.
     #[inline(always)]
     fn ahead<S: Simd>(&self, token: usize) -> Ahead {
         let shape = self.weight.shape();
         let lines = shape.group_bytes() / VECTOR_BYTES;
         let (tile, tiles) = (token / S::TILE, self.count.div_ceil(S::TILE));
+        let is_asked = tiles > 1 || is_asked(shape.bits, self.count);
         Ahead {
             bytes: match tiles {
                 1 => AHEAD_BYTES,
                 _ => shape.block_bytes(),
             },
             first_line: tile * lines / tiles,
-            end_line: (tile + 1) * lines / tiles,
+            end_line: if is_asked {
+                (tile + 1) * lines / tiles
+            } else {
+                0
+            },
         }
     }
 

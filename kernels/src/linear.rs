@@ -1,6 +1,7 @@
 //! Linear layers: blocks of sixteen rows of one or several weights times prepared rows, with what is done to the
 //! results on the way to memory: biases, gates, residuals.
 
+use crate::ahead::multiply_and_learn;
 use crate::arch::{Kernel, LANES, Simd};
 use crate::block::block_times_rows;
 use crate::isa::Isa;
@@ -169,15 +170,25 @@ fn multiply_places(
         threads => places.len().div_ceil(threads * UNITS_PER_THREAD).min(most),
     };
     let per_unit = per_unit.max(1);
-    pool.run(places.len().div_ceil(per_unit), &|unit| {
-        let places = &places[unit * per_unit..];
-        isa.run(Multiply {
-            places: &places[..per_unit.min(places.len())],
-            rows,
-            residual,
-            out: &out,
+    let multiply = || {
+        pool.run(places.len().div_ceil(per_unit), &|unit| {
+            let places = &places[unit * per_unit..];
+            isa.run(Multiply {
+                places: &places[..per_unit.min(places.len())],
+                rows,
+                residual,
+                out: &out,
+            });
         });
-    });
+    };
+    match places.first().map(|place| &place.linear.weight) {
+        Some(Weight::Quantized(weight)) => {
+            let sides = if places[0].up.is_some() { 2 } else { 1 };
+            let bytes = sides * places.len() * weight.shape().block_bytes();
+            multiply_and_learn(weight.shape().bits, rows.tokens(), bytes, multiply);
+        }
+        _ => multiply(),
+    }
 }
 
 fn check(linear: &Linear, rows: &Rows) {
