@@ -6,7 +6,8 @@
 use crate::log::tell;
 use crate::pipeline::Seen;
 use crate::wire::Load;
-use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle, TermLike};
+use indicatif::{ProgressBar, ProgressDrawTarget, ProgressState, ProgressStyle, TermLike};
+use std::fmt;
 use std::io::{self, IsTerminal, Write};
 
 /// Counts answers and tokens where somebody sees it; silent elsewhere.
@@ -35,8 +36,9 @@ impl Progress {
             ProgressDrawTarget::term_like_with_hz(Box::new(Forwarded), 4)
         };
         let bar = ProgressBar::with_draw_target(None, target);
-        let style = ProgressStyle::with_template("{prefix} answered, {pos} tokens, {per_sec}{msg}");
-        bar.set_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()));
+        let style = ProgressStyle::with_template("{prefix} answered, {pos} tokens, {rate}{msg}");
+        let style = style.unwrap_or_else(|_| ProgressStyle::default_bar());
+        bar.set_style(style.with_key("rate", write_rate));
         bar.set_prefix("0");
         Self {
             bar,
@@ -76,6 +78,12 @@ impl Progress {
     pub fn finish(&self) {
         self.bar.finish_and_clear();
     }
+}
+
+/// Tokens a second.
+fn write_rate(state: &ProgressState, line: &mut dyn fmt::Write) {
+    // A line that cannot be written is not there to be seen.
+    let _ = write!(line, "{:.1}/s", state.per_sec());
 }
 
 /// `; 16 in flight; busy 93 88 91 %, idle 9 %`: sequences, and each rank's share of the time since `before` that it
