@@ -76,8 +76,6 @@ pub trait Feed {
 pub struct Seen {
     /// Sequences that have begun and not ended.
     pub sequences: usize,
-    /// Steps on their way.
-    pub steps: usize,
     /// Time in which there was something to do, so far.
     pub active: Duration,
     /// What each rank has spent, so far.
@@ -256,17 +254,15 @@ impl<T: Transport, C: Compute> Worker<T, C> {
             let Some(bytes) = leading.tokens.take() else {
                 return Ok(has_answers);
             };
-            let step = leading.unanswered.front();
+            let step = leading.unanswered.pop_front();
             let step = step.context("tokens came that no step asked for")?;
-            let Some(rows) = self.rows_of_answer(step)? else {
+            let Some(rows) = self.rows_of_answer(&step)? else {
+                leading.unanswered.push_front(step);
                 leading.tokens = Some(bytes);
                 return Ok(has_answers);
             };
             let began = Instant::now();
-            let sampled = Sampled::decode(step, self.transport.size(), &bytes)?;
-            let Some(step) = leading.unanswered.pop_front() else {
-                return Ok(has_answers);
-            };
+            let sampled = Sampled::decode(&step, self.transport.size(), &bytes)?;
             leading.schedule.answered();
             leading.hand_out(
                 &step,
@@ -520,7 +516,6 @@ impl<F: Feed> Leading<'_, F> {
     fn show(&mut self, active: Duration, loads: Vec<Load>) {
         self.feed.watch(Seen {
             sequences: self.schedule.sequences(),
-            steps: self.schedule.in_flight(),
             active,
             loads,
         });

@@ -61,8 +61,8 @@ pub struct Question<'a> {
 
 impl Question<'_> {
     /// The plan for all ranks: cut for one sequence, since no cut should be slower for the sake of more; then its
-    /// caches take as many as fit, up to a few. Times come from the calibration, else from what the cluster file states of
-    /// bandwidths, else they are relative.
+    /// caches take as many as fit, up to a few. Times come from the calibration, else from what the cluster file
+    /// states of bandwidths, else they are relative.
     ///
     /// # Errors
     /// Options that cannot be met, or nothing that fits.

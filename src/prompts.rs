@@ -239,17 +239,7 @@ mod tests {
 
     #[test]
     fn no_request_is_begun_while_too_many_answers_wait_for_a_slow_one() {
-        let defaults = Sampling {
-            max_tokens: 1,
-            temperature: 0.0,
-            top_p: 1.0,
-            top_k: 0,
-            min_p: 0.0,
-            repetition_penalty: 1.0,
-            seed: None,
-            stop: Vec::new(),
-            logprobs: None,
-        };
+        let defaults = Sampling::greedy(1);
         let (sender, receiver) = mpsc::channel();
         for request in RequestReader::new(&b"{\"prompt\": [1]}\n".repeat(100)[..], defaults) {
             sender.send(request).unwrap();

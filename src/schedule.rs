@@ -145,11 +145,6 @@ impl Schedule {
         self.live.len()
     }
 
-    /// Steps on their way.
-    pub fn in_flight(&self) -> usize {
-        self.in_flight
-    }
-
     /// The next step to compute, if one should be computed now.
     pub fn next_step(&mut self) -> Option<Step> {
         self.begin_what_can();
@@ -397,4 +392,4 @@ impl Schedule {
 }
 
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;

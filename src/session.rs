@@ -93,7 +93,9 @@ fn generate(
 
     let limits = limits(options, &cluster, &plan);
     let mut worker = Worker::new(&mut *transport, stage, rows(&files, &plan, &limits));
-    let clocks = start_trace(options, &mut worker)?;
+    if options.trace.is_some() {
+        worker.trace = Some(Recorder::start(&mut worker.transport)?);
+    }
     let outcome = match &rules {
         Some(rules) => Some(lead(options, &cluster, rules, limits, &mut worker)?),
         None => {
@@ -122,7 +124,7 @@ fn generate(
             exit_status(report.written.tally)
         }
     };
-    write_trace(options, &cluster, clocks, trace, transport)?;
+    write_trace(options, &cluster, trace, transport)?;
     Ok(status)
 }
 
@@ -365,31 +367,10 @@ fn core_share(options: &RunOptions, cluster: &Cluster, rank: usize) -> CoreShare
     }
 }
 
-/// Starts this rank's trace, if one is wanted; on rank 0 how far the other ranks' clocks are ahead.
-fn start_trace(
-    options: &RunOptions,
-    worker: &mut Worker<&mut MpiTransport, Stage>,
-) -> Result<Vec<i64>> {
-    if options.trace.is_none() {
-        return Ok(Vec::new());
-    }
-    let recorder = Recorder::new();
-    let ahead_us = match worker.transport.rank() {
-        0 => recorder.compare_clocks(&mut worker.transport)?,
-        _ => {
-            recorder.answer_clock(&mut worker.transport)?;
-            Vec::new()
-        }
-    };
-    worker.trace = Some(recorder);
-    Ok(ahead_us)
-}
-
 /// Gathers the ranks' traces and writes them on rank 0's host, where they are wanted.
 fn write_trace(
     options: &RunOptions,
     cluster: &Cluster,
-    ahead_us: Vec<i64>,
     trace: Option<Recorder>,
     transport: &mut MpiTransport,
 ) -> Result<(), Failure> {
@@ -400,7 +381,7 @@ fn write_trace(
     if transport.rank() == 0 {
         let hosts: Vec<&str> = cluster.ranks.iter().map(Place::host).collect();
         let file = File::create(path).map(BufWriter::new);
-        file.and_then(|file| trace::write(file, &traces, &hosts, &ahead_us))
+        file.and_then(|file| trace::write(file, &traces, &hosts))
             .with_context(|| format!("writing the trace {}", path.display()))?;
     }
     Ok(())

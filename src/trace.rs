@@ -66,6 +66,8 @@ pub struct Recorder {
     slices: Vec<Slice>,
     /// Slices that were too many.
     left_out: u64,
+    /// On rank 0, by rank: how many microseconds its clock is ahead of this one.
+    ahead_us: Vec<i64>,
 }
 
 /// Microseconds since a moment of this process.
@@ -87,16 +89,32 @@ impl Clock {
 pub struct RankTrace {
     slices: Vec<Slice>,
     left_out: u64,
+    ahead_us: Vec<i64>,
 }
 
 impl Recorder {
-    /// A recorder whose clock starts now.
-    pub fn new() -> Self {
-        Self {
+    /// A recorder whose clock starts now, and is compared with those of the other ranks. All ranks call this at the
+    /// same point.
+    ///
+    /// # Errors
+    /// A rank that does not answer.
+    pub fn start(transport: &mut impl Transport) -> Result<Self> {
+        let mut recorder = Self {
             clock: Clock(Instant::now()),
             slices: Vec::new(),
             left_out: 0,
+            ahead_us: Vec::new(),
+        };
+        if transport.rank() > 0 {
+            recorder.answer_clock(transport)?;
+            return Ok(recorder);
         }
+        recorder.ahead_us.push(0);
+        for rank in 1..transport.size() {
+            let ahead_us = recorder.compare_clock(transport, rank)?;
+            recorder.ahead_us.push(ahead_us);
+        }
+        Ok(recorder)
     }
 
     /// Notes what was done since `began`.
@@ -120,21 +138,12 @@ impl Recorder {
         RankTrace {
             slices: self.slices,
             left_out: self.left_out,
+            ahead_us: self.ahead_us,
         }
     }
 
-    /// On rank 0: how many microseconds each rank's clock is ahead of this one. The others answer by
-    /// [`Recorder::answer_clock`].
-    ///
-    /// # Errors
-    /// A rank that does not answer.
-    pub fn compare_clocks(&self, transport: &mut impl Transport) -> Result<Vec<i64>> {
-        let ranks = 1..transport.size();
-        let ahead = ranks.map(|rank| self.ahead_us(transport, rank));
-        std::iter::once(Ok(0)).chain(ahead).collect()
-    }
-
-    fn ahead_us(&self, transport: &mut impl Transport, rank: usize) -> Result<i64> {
+    /// How many microseconds a rank's clock is ahead of this one.
+    fn compare_clock(&self, transport: &mut impl Transport, rank: usize) -> Result<i64> {
         let mut best: Option<(u64, i64)> = None;
         for _ in 0..ROUND_TRIPS {
             let asked_us = self.clock.now_us();
@@ -152,11 +161,8 @@ impl Recorder {
         Ok(best.map_or(0, |(_, ahead_us)| ahead_us))
     }
 
-    /// On the other ranks: tells rank 0 this rank's clock as often as it asks.
-    ///
-    /// # Errors
-    /// Rank 0 does not ask.
-    pub fn answer_clock(&self, transport: &mut impl Transport) -> Result<()> {
+    /// Tells rank 0 this rank's clock as often as it asks.
+    fn answer_clock(&self, transport: &mut impl Transport) -> Result<()> {
         for _ in 0..ROUND_TRIPS {
             let asked = receive(transport, 0)?;
             ensure!(asked == [0], "rank 0 asks for the clock by one byte");
@@ -167,28 +173,17 @@ impl Recorder {
     }
 }
 
-impl Default for Recorder {
-    fn default() -> Self {
-        Self::new()
-    }
-}
-
 fn receive(transport: &mut impl Transport, from: usize) -> Result<Vec<u8>> {
     wait::until("a rank's clock", Some(ROUND_TRIP_LIMIT), || {
         transport.try_receive(from, Kind::Setup)
     })
 }
 
-/// Writes all ranks' slices on rank 0's clock. `hosts` and `ahead_us`: by rank.
+/// Writes all ranks' slices on rank 0's clock. `hosts`: by rank.
 ///
 /// # Errors
 /// Those of the output.
-pub fn write(
-    output: impl Write,
-    ranks: &[RankTrace],
-    hosts: &[&str],
-    ahead_us: &[i64],
-) -> io::Result<()> {
+pub fn write(output: impl Write, ranks: &[RankTrace], hosts: &[&str]) -> io::Result<()> {
     let left_out: u64 = ranks.iter().map(|rank| rank.left_out).sum();
     let mut events = Events {
         output,
@@ -198,7 +193,7 @@ pub fn write(
         events.output,
         "{{\"displayTimeUnit\":\"ms\",\"otherData\":{{\"slices_left_out\":{left_out}}},\"traceEvents\":["
     )?;
-    let earliest = slices(ranks, ahead_us).map(|(_, slice)| slice.start).min();
+    let earliest = slices(ranks).map(|(_, slice)| slice.start).min();
     let earliest = earliest.unwrap_or(0);
     for (rank, host) in hosts.iter().enumerate() {
         events.put(json!({
@@ -208,7 +203,7 @@ pub fn write(
     }
     let mut computed: HashMap<(u64, usize), Placed> = HashMap::new();
     let mut handed_out: HashMap<u64, i64> = HashMap::new();
-    for (rank, slice) in slices(ranks, ahead_us) {
+    for (rank, slice) in slices(ranks) {
         let (part, what) = (slice.what.part, slice.what);
         events.put(json!({
             "ph": "X", "name": format!("{} {}", part.name(), what.step), "cat": part.name(),
@@ -259,10 +254,8 @@ struct Placed<'a> {
 }
 
 /// The slices of all ranks.
-fn slices<'a>(
-    ranks: &'a [RankTrace],
-    ahead_us: &'a [i64],
-) -> impl Iterator<Item = (usize, Placed<'a>)> {
+fn slices(ranks: &[RankTrace]) -> impl Iterator<Item = (usize, Placed<'_>)> {
+    let ahead_us = ranks.first().map_or(&[][..], |first| &first.ahead_us);
     let ranks = ranks.iter().zip(ahead_us).enumerate();
     ranks.flat_map(|(rank, (trace, ahead))| {
         trace.slices.iter().map(move |what| {

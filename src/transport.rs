@@ -2,10 +2,10 @@
 //! all, and gathering while the run is set up. A narrow trait, so that the loop can be run in a unit test;
 //! the only file that names `mpi`.
 //!
-//! No call here blocks inside MPI (see [`crate::wait`]). While a rank computes, a second thread calls MPI now and then
-//! ([`Transport::overlap`]): a large message moves only while both its sender and its receiver do. Ranks share in the order of the steps: every
-//! rank calls [`Transport::expect_shared`] for the same steps in the same order, which is what MPI asks of
-//! collectives.
+//! No call here blocks inside MPI (see [`crate::wait`]). While a rank computes, a second thread calls MPI now and
+//! then ([`Transport::overlap`]): a large message moves only while both its sender and its receiver do. Ranks share in
+//! the order of the steps: every rank calls [`Transport::expect_shared`] for the same steps in the same order, which is
+//! what MPI asks of collectives.
 
 use crate::meanwhile::Meanwhile;
 use crate::wait;

@@ -2,7 +2,7 @@
 //! which order is checked where it arrives, and so is the end.
 
 use super::*;
-use crate::schedule::{Forks, Limits, PromptRows};
+use crate::schedule::{self, Forks, Limits, PromptRows};
 use crate::wire::{SampleParams, Upkeep};
 use proptest::prelude::*;
 use std::sync::{Arc, Mutex};
@@ -368,47 +368,24 @@ fn generate(prompts: &[(Vec<u32>, usize)], setup: &Setup) -> List {
 
 fn setups() -> impl Strategy<Value = Setup> {
     (
-        (1usize..6, 1usize..5, 1usize..20),
-        (
-            1usize..8,
-            1usize..9,
-            4usize..40,
-            any::<bool>(),
-            any::<bool>(),
-        ),
+        schedule::tests::limits(),
         prop::collection::vec(0u64..60, 1..6),
         prop::collection::vec(0u64..200, 1..6),
         0usize..3,
     )
-        .prop_map(
-            |(
-                (ranks, max_batch, step_tokens),
-                (steps_in_flight, sequences, kv_blocks, copies, asks),
-                compute_us,
-                message_us,
-                hesitation,
-            )| Setup {
-                limits: Limits {
-                    ranks,
-                    max_batch,
-                    step_tokens,
-                    steps_in_flight,
-                    sequences,
-                    kv_blocks,
-                    forks: match copies {
-                        false => Forks::Shared,
-                        true => Forks::Copied { growth: 2 },
-                    },
-                    rows: match asks && ranks > 1 {
-                        false => PromptRows::Known,
-                        true => PromptRows::AskedFor,
-                    },
+        .prop_map(|(limits, compute_us, message_us, hesitation)| Setup {
+            limits: Limits {
+                // One rank alone has nobody to ask.
+                rows: match limits.ranks {
+                    1 => PromptRows::Known,
+                    _ => limits.rows,
                 },
-                compute_us,
-                message_us,
-                hesitation,
+                ..limits
             },
-        )
+            compute_us,
+            message_us,
+            hesitation,
+        })
 }
 
 /// Prompts and tokens to generate; some prompts begin alike.

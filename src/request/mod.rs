@@ -166,6 +166,24 @@ pub struct Sampling {
     pub logprobs: Option<u8>,
 }
 
+#[cfg(test)]
+impl Sampling {
+    /// The most likely tokens, so many of them at most, and nothing else asked for.
+    pub fn greedy(max_tokens: usize) -> Self {
+        Self {
+            max_tokens,
+            temperature: 0.0,
+            top_p: 1.0,
+            top_k: 0,
+            min_p: 0.0,
+            repetition_penalty: 1.0,
+            seed: None,
+            stop: Vec::new(),
+            logprobs: None,
+        }
+    }
+}
+
 /// Why a request cannot be run, in words a user can act on.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("{message}")]

@@ -196,7 +196,7 @@ fn run(limits: Limits, prompts: &[Prompt], delays: &[usize]) -> (HashMap<u64, Ve
             }
         }
     }
-    assert_eq!(schedule.in_flight(), 0);
+    assert_eq!(schedule.in_flight, 0);
     (answers, ranks)
 }
 
@@ -231,7 +231,8 @@ fn prompts() -> impl Strategy<Value = Vec<Prompt>> {
     })
 }
 
-fn limits() -> impl Strategy<Value = Limits> {
+/// Any limits within which a prompt of 270 tokens, answer included, can run.
+pub(crate) fn limits() -> impl Strategy<Value = Limits> {
     (
         (1usize..6, 1usize..9, 1usize..100),
         (1usize..8, 1usize..20, 8usize..60),

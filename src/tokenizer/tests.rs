@@ -280,17 +280,7 @@ fn templates_render_as_in_transformers() {
 
 /// A conversation as a request brings it.
 fn chat(messages: &Value, arguments: &Value) -> Chat {
-    let defaults = Sampling {
-        max_tokens: 1,
-        temperature: 0.0,
-        top_p: 1.0,
-        top_k: 0,
-        min_p: 0.0,
-        repetition_penalty: 1.0,
-        seed: None,
-        stop: Vec::new(),
-        logprobs: None,
-    };
+    let defaults = Sampling::greedy(1);
     let body = json!({"messages": messages, "chat_template_kwargs": arguments}).to_string();
     match Body::parse(body.as_bytes(), None, &defaults)
         .unwrap()
