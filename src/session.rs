@@ -20,7 +20,7 @@ use crate::progress::Progress;
 use crate::prompts::{self, Prompts};
 use crate::report::{self, Measured, RankReport, Report};
 use crate::request::{AnswerWriter, Identity, Tally, WriteError, Written};
-use crate::schedule::{Limits, PromptRows, Schedule};
+use crate::schedule::{BLOCK_TOKENS, Limits, PromptRows, Schedule};
 use crate::sequence::Rules;
 use crate::slice::{Loaded, Slice};
 use crate::stage::{self, CoreShare, Stage};
@@ -88,10 +88,11 @@ fn generate(
     let slice = agree::all_succeeded(transport, slice)?;
     let (mut stage, consumed) = load(options, &slice, transport)?;
     stage.share_cores(core_share(options, &cluster, rank));
+    let limits = limits(options, &cluster, &plan);
+    stage.reserve_cache(limits.kv_blocks.saturating_mul(BLOCK_TOKENS))?;
     let mut report = loaded(&cluster, &plan, consumed, rank, started)?;
     agree::all_succeeded(transport, Ok(()))?;
 
-    let limits = limits(options, &cluster, &plan);
     let mut worker = Worker::new(&mut *transport, stage, rows(&files, &plan, &limits));
     if options.trace.is_some() {
         worker.trace = Some(Recorder::start(&mut worker.transport)?);
@@ -106,7 +107,7 @@ fn generate(
     let (counters, trace) = (worker.counters, worker.trace.take());
     report = report.with_counters(counters);
     report.peak_rss_bytes = report::peak_rss_bytes();
-    report.peak_array_bytes = stage::peak_array_bytes();
+    report.peak_array_bytes = stage::peak_array_bytes(&cluster.kernels);
     let ranks = agree::gather(transport, Ok(report), None)?;
     let status = match outcome {
         None => 0,
