@@ -179,6 +179,13 @@ impl Buffer {
     /// # Errors
     /// The GPU has too little memory left.
     pub fn zeroed(gpu: &Arc<Gpu>, bytes: usize) -> Result<Self> {
+        let buffer = Self::allocate(gpu, bytes)?;
+        // SAFETY: the allocation has as many bytes.
+        unsafe { sys::cuMemsetD8Async(buffer.address, 0, buffer.bytes, gpu.stream()) }.result()?;
+        Ok(buffer)
+    }
+
+    fn allocate(gpu: &Arc<Gpu>, bytes: usize) -> Result<Self> {
         gpu.bind()?;
         let bytes = bytes.max(16);
         // SAFETY: an allocation, which this value owns.
@@ -197,14 +204,11 @@ impl Buffer {
             .fetch_add(bytes as u64, Ordering::Relaxed);
         gpu.peak_bytes
             .fetch_max(before + bytes as u64, Ordering::Relaxed);
-        let buffer = Self {
+        Ok(Self {
             gpu: Arc::clone(gpu),
             address,
             bytes,
-        };
-        // SAFETY: the allocation has `bytes` bytes.
-        unsafe { sys::cuMemsetD8Async(address, 0, bytes, gpu.stream()) }.result()?;
-        Ok(buffer)
+        })
     }
 
     /// A copy of these bytes.
@@ -212,7 +216,10 @@ impl Buffer {
     /// # Errors
     /// As [`Self::zeroed`].
     pub fn of(gpu: &Arc<Gpu>, bytes: &[u8]) -> Result<Self> {
-        let buffer = Self::zeroed(gpu, bytes.len())?;
+        let buffer = match bytes.len() {
+            0..16 => Self::zeroed(gpu, bytes.len())?,
+            length => Self::allocate(gpu, length)?,
+        };
         buffer.write_at(0, bytes)?;
         Ok(buffer)
     }

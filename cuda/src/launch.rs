@@ -11,6 +11,8 @@ use std::ffi::c_void;
 pub(crate) struct Kernel {
     function: CudaFunction,
     threads: u32,
+    /// Bytes of shared memory beside what it declares.
+    shared: u32,
 }
 
 /// What kernels take: bytes as C lays them out.
@@ -36,7 +38,23 @@ pub(crate) fn address(buffer: Option<&Buffer>) -> u64 {
 
 impl Kernel {
     pub(crate) fn new(function: CudaFunction, threads: u32) -> Self {
-        Self { function, threads }
+        Self {
+            function,
+            threads,
+            shared: 0,
+        }
+    }
+
+    /// With so many bytes of shared memory for each of its thread blocks.
+    ///
+    /// # Errors
+    /// The GPU has less.
+    pub(crate) fn with_shared(mut self, bytes: usize) -> Result<Self> {
+        let most = sys::CUfunction_attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
+        let set = self.function.set_attribute(most, bytes as i32);
+        set.with_context(|| format!("asking for {bytes} bytes of shared memory"))?;
+        self.shared = bytes as u32;
+        Ok(self)
     }
 
     /// Asks for the kernel after all work so far; it may begin while the kernel before it ends.
@@ -67,7 +85,7 @@ impl Kernel {
             blockDimX: self.threads,
             blockDimY: 1,
             blockDimZ: 1,
-            sharedMemBytes: 0,
+            sharedMemBytes: self.shared,
             hStream: gpu.stream(),
             attrs: &mut overlap,
             // Kernels of older GPUs do not wait for one another by themselves.

@@ -209,6 +209,17 @@ struct LinearKernels {
     look_up: Kernel,
 }
 
+/// Shared memory of a thread block of the kernel of many rows (`Wide::BYTES` of the kernels): of some blocks of 64 rows
+/// of activations, which stand 16 bytes apart, and of 128 rows of codes.
+fn wide_bytes(format: Format) -> usize {
+    let codes = format.block() * format.bits / 8;
+    let (stages, apart) = match format {
+        Format::PLAIN => (3, 16),
+        _ => (4, 0),
+    };
+    stages * (64 * (format.block() * ELEMENT_BYTES + 16) + 128 * (codes + apart))
+}
+
 /// `Linear` of the kernels.
 #[repr(C)]
 struct Linear {
@@ -252,10 +263,12 @@ impl Kernels {
                 let name = format!("linear_few_{of}_{nt}");
                 Ok::<_, anyhow::Error>([kernel(&name, 256)?, kernel(&format!("{name}_f32"), 256)?])
             };
-            let wide = format!("linear_wide_{of}");
+            let wide = |suffix: &str| {
+                kernel(&format!("linear_wide_{of}{suffix}"), 256)?.with_shared(wide_bytes(*format))
+            };
             let kernels = LinearKernels {
                 few: [few(FEW[0])?, few(FEW[1])?, few(FEW[2])?],
-                wide: [kernel(&wide, 128)?, kernel(&format!("{wide}_f32"), 128)?],
+                wide: [wide("")?, wide("_f32")?],
                 look_up: kernel(&format!("look_up_{of}"), 256)?,
             };
             Ok::<_, anyhow::Error>((*format, kernels))
@@ -364,7 +377,7 @@ impl Kernels {
             let grid = [weight.outputs / 16, rows.div_ceil(8 * FEW[few]), 1];
             (&kernels.few[few][to_f32 as usize], grid)
         } else {
-            let grid = [weight.outputs.div_ceil(64), rows.div_ceil(64), 1];
+            let grid = [weight.outputs.div_ceil(128), rows.div_ceil(64), 1];
             (&kernels.wide[to_f32 as usize], grid)
         };
         // SAFETY: sizes were checked above; the kernels stay within rows, outputs and inputs.

@@ -150,7 +150,7 @@ impl Model {
                 }
                 let name = format!("linear_wide_{bits}_{of_group}{suffix}");
                 let body = format!("linear_wide<{element}, {out}, {bits}, {of_group}>(of);");
-                kernel(&mut text, 128, &name, &parameters, &body)?;
+                kernel(&mut text, 256, &name, &parameters, &body)?;
             }
             kernel(
                 &mut text,

@@ -122,8 +122,9 @@ struct Tile {
 
   struct Raw {
     unsigned word[2][WORDS];
-    float scale[2];
-    float bias[2];
+    // Not converted before they are used: that would wait for them.
+    T scale[2];
+    T bias[2];
   };
 
   DEVICE Raw load(int block) const {
@@ -132,17 +133,17 @@ struct Tile {
     for (int half = 0; half < 2; ++half) {
       stream_words<WORDS>(raw.word[half], codes[half] + size_t(block) * (BLOCK / 8 * BITS));
       if constexpr (IS_QUANTIZED) {
-        raw.scale[half] = float(scales[half][block * BLOCK / GROUP]);
-        raw.bias[half] = float(biases[half][block * BLOCK / GROUP]);
+        raw.scale[half] = scales[half][block * BLOCK / GROUP];
+        raw.bias[half] = biases[half][block * BLOCK / GROUP];
       }
     }
     return raw;
   }
 
-  DEVICE static void unpack(const Raw& raw, unsigned (&a)[STEPS][4]) {
+  DEVICE static void unpack(const unsigned (&word)[2][WORDS], unsigned (&a)[STEPS][4]) {
     unsigned low[2][STEPS], high[2][STEPS];
-    to_places<T, BITS, STEPS>(raw.word[0], low[0], high[0]);
-    to_places<T, BITS, STEPS>(raw.word[1], low[1], high[1]);
+    to_places<T, BITS, STEPS>(word[0], low[0], high[0]);
+    to_places<T, BITS, STEPS>(word[1], low[1], high[1]);
 #pragma unroll
     for (int step = 0; step < STEPS; ++step) {
       a[step][0] = low[0][step];
@@ -163,24 +164,14 @@ struct Tile {
     }
   }
 
-  // A block's part of eight columns, added to their range's sums. x: the lane's 4 STEPS elements of its column.
-  DEVICE static void add(float (&sum)[4], const unsigned (&a)[STEPS][4], const Raw& raw,
-                         const unsigned (&x)[2 * STEPS]) {
-    float product[4] = {0, 0, 0, 0};
+  // A block's products of eight columns, added to their range's sums. total: sums of x alone, unless the weight is plain.
+  DEVICE static void add(float (&sum)[4], const float (&product)[4], const T (&scale)[2], const T (&bias)[2],
+                         const float (&total)[4]) {
 #pragma unroll
-    for (int step = 0; step < STEPS; ++step) {
-      multiply<T>(product, a[step], x[2 * step], x[2 * step + 1]);
-    }
-    if constexpr (IS_QUANTIZED) {
-      float total[4];
-      add_up(total, x);
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        sum[i] = __fmaf_rn(raw.bias[i / 2], total[i], __fmaf_rn(raw.scale[i / 2], product[i], sum[i]));
-      }
-    } else {
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
+    for (int i = 0; i < 4; ++i) {
+      if constexpr (IS_QUANTIZED) {
+        sum[i] = __fmaf_rn(float(bias[i / 2]), total[i], __fmaf_rn(float(scale[i / 2]), product[i], sum[i]));
+      } else {
         sum[i] = __fadd_rn(sum[i], product[i]);
       }
     }
@@ -255,12 +246,21 @@ DEVICE void linear_few(const Linear<T, Out>& of) {
           raw[ahead] = tile.load(block + AHEAD);
         }
         unsigned a[W::STEPS][4];
-        W::unpack(now, a);
+        W::unpack(now.word, a);
 #pragma unroll
         for (int nt = 0; nt < NT; ++nt) {
           unsigned values[2 * W::STEPS];
           load_words<2 * W::STEPS>(values, reinterpret_cast<const unsigned char*>(column[nt] + block * W::BLOCK));
-          W::add(sum[nt], a, now, values);
+          float of_x[4];
+          if constexpr (W::IS_QUANTIZED) {
+            W::add_up(of_x, values);
+          }
+          float product[4] = {0, 0, 0, 0};
+#pragma unroll
+          for (int step = 0; step < W::STEPS; ++step) {
+            multiply<T>(product, a[step], values[2 * step], values[2 * step + 1]);
+          }
+          W::add(sum[nt], product, now.scale, now.bias, of_x);
         }
       }
     }
@@ -291,86 +291,237 @@ DEVICE void linear_few(const Linear<T, Out>& of) {
   }
 }
 
-// Many rows of x: 64 of them in a thread block of four warps, 64 outputs; x passes through shared memory.
+// Many rows of x: 64 of them and 128 outputs in a thread block of eight warps, 32 of both to a warp. x and codes pass
+// through shared memory, some blocks ahead. Sums of x alone are the same for all outputs: each warp makes those of eight
+// rows.
+template <typename T, int BITS, int GROUP>
+struct Wide {
+  using W = Tile<T, BITS, GROUP>;
+  static constexpr int ROWS = 64;
+  static constexpr int OUTPUTS = 128;
+  static constexpr int STAGES = BITS == 16 ? 3 : 4; // as many as smaller GPUs have memory for
+  // Bytes of a row of each; so that lanes read different banks.
+  static constexpr int X_STRIDE = W::BLOCK * 2 + 16;
+  static constexpr int CODE_BYTES = W::BLOCK / 8 * BITS;
+  static constexpr int CODE_STRIDE = BITS == 16 ? CODE_BYTES + 16 : CODE_BYTES;
+  static constexpr int X_BYTES = ROWS * X_STRIDE;
+  static constexpr int STAGE_BYTES = X_BYTES + OUTPUTS * CODE_STRIDE;
+  static constexpr int BYTES = STAGES * STAGE_BYTES;
+};
+
+DEVICE void copy_sixteen(unsigned to, const void* from) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(from));
+}
+
 template <typename T, typename Out, int BITS, int GROUP>
 DEVICE void linear_wide(const Linear<T, Out>& of) {
-  using W = Tile<T, BITS, GROUP>;
-  constexpr int ROWS = 64;
-  constexpr int STRIDE = W::BLOCK + 8; // elements; so that lanes read different banks
-  __shared__ __align__(16) T staged[2][ROWS * STRIDE];
+  using S = Wide<T, BITS, GROUP>;
+  using W = typename S::W;
+  constexpr int TILES = 2; // of sixteen outputs, to a warp
+  constexpr int COLUMNS = 4; // of eight rows of x, to a warp
+  constexpr int THREADS = 256;
+  extern __shared__ __align__(16) unsigned char staged[];
+  __shared__ float2 totals_shared[S::ROWS / 2];
   let_next_begin();
   int lane = threadIdx.x % 32;
   int warp = threadIdx.x / 32;
-  int first_column = blockIdx.y * ROWS;
-  int tile_row = blockIdx.x * 64 + warp * 16;
-  bool is_inside = tile_row < of.n;
-  W tile(of.weight, of.scales, of.biases, is_inside ? tile_row : 0, of.k);
+  int first_column = blockIdx.y * S::ROWS;
+  int first_output = blockIdx.x * S::OUTPUTS;
+  int first_nt = warp / 4 * COLUMNS;
+  int first_row = warp % 4 * 32;
   int blocks = of.k / W::BLOCK;
   int range = (blocks + RANGES - 1) / RANGES;
-
-  auto stage = [&](int block, int buffer) {
-    constexpr int VECTORS = W::BLOCK / 8; // of 16 bytes in a row
-    for (int item = threadIdx.x; item < ROWS * VECTORS; item += blockDim.x) {
-      int row = item / VECTORS;
-      int vector = item % VECTORS;
-      const T* from = of.x + size_t(min(first_column + row, of.m - 1)) * of.k + block * W::BLOCK + vector * 8;
-      unsigned to = __cvta_generic_to_shared(&staged[buffer][row * STRIDE + vector * 8]);
-      asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(from));
+  // A thread copies sixteen bytes of the same column of a few rows; outputs and rows past the end are computed as the
+  // last one, and not written.
+  constexpr int CODE_VECTORS = S::CODE_BYTES / 16;
+  constexpr int CODE_COPIES = (S::OUTPUTS * CODE_VECTORS + THREADS - 1) / THREADS;
+  constexpr int X_VECTORS = W::BLOCK / 8;
+  constexpr int X_COPIES = (S::ROWS * X_VECTORS + THREADS - 1) / THREADS;
+  const unsigned char* code_from[CODE_COPIES];
+  const unsigned char* x_from[X_COPIES];
+  int code_row = threadIdx.x / CODE_VECTORS;
+  int x_row = threadIdx.x / X_VECTORS;
+#pragma unroll
+  for (int i = 0; i < CODE_COPIES; ++i) {
+    size_t row = min(first_output + code_row + i * (THREADS / CODE_VECTORS), of.n - 1);
+    code_from[i] = reinterpret_cast<const unsigned char*>(of.weight) + row * (size_t(of.k) / 8 * BITS) +
+                   threadIdx.x % CODE_VECTORS * 16;
+  }
+#pragma unroll
+  for (int i = 0; i < X_COPIES; ++i) {
+    size_t row = min(first_column + x_row + i * (THREADS / X_VECTORS), of.m - 1);
+    x_from[i] = reinterpret_cast<const unsigned char*>(of.x + row * of.k) + threadIdx.x % X_VECTORS * 16;
+  }
+  unsigned begin = __cvta_generic_to_shared(staged);
+  unsigned code_to = begin + S::X_BYTES + code_row * S::CODE_STRIDE + threadIdx.x % CODE_VECTORS * 16;
+  unsigned x_to = begin + x_row * S::X_STRIDE + threadIdx.x % X_VECTORS * 16;
+  auto stage_codes = [&](int block, int stage) {
+#pragma unroll
+    for (int i = 0; i < CODE_COPIES; ++i) {
+      if (S::OUTPUTS * CODE_VECTORS % THREADS == 0 || code_row + i * (THREADS / CODE_VECTORS) < S::OUTPUTS) {
+        copy_sixteen(code_to + stage * S::STAGE_BYTES + i * (THREADS / CODE_VECTORS) * S::CODE_STRIDE,
+                     code_from[i] + block * S::CODE_BYTES);
+      }
     }
-    asm volatile("cp.async.commit_group;");
   };
+  auto stage_x = [&](int block, int stage) {
+#pragma unroll
+    for (int i = 0; i < X_COPIES; ++i) {
+      if (S::ROWS * X_VECTORS % THREADS == 0 || x_row + i * (THREADS / X_VECTORS) < S::ROWS) {
+        copy_sixteen(x_to + stage * S::STAGE_BYTES + i * (THREADS / X_VECTORS) * S::X_STRIDE,
+                     x_from[i] + block * W::BLOCK * 2);
+      }
+    }
+  };
+  auto commit = [] { asm volatile("cp.async.commit_group;"); };
 
-  float sum[8][4];
-  float total[8][4];
+  const T* scales[TILES][2];
+  const T* biases[TILES][2];
+  T scale[2][TILES][2], bias[2][TILES][2]; // of this block and of the next one
+  if constexpr (W::IS_QUANTIZED) {
 #pragma unroll
-  for (int nt = 0; nt < 8; ++nt) {
+    for (int t = 0; t < TILES; ++t) {
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      sum[nt][i] = total[nt][i] = 0;
+      for (int half = 0; half < 2; ++half) {
+        size_t row = min(first_output + first_row + 16 * t + lane / 4 + 8 * half, of.n - 1);
+        scales[t][half] = of.scales + row * (of.k / GROUP);
+        biases[t][half] = of.biases + row * (of.k / GROUP);
+      }
     }
   }
-  auto next = tile.load(0);
-  wait_for_previous();
-  stage(0, 0);
-  for (int block = 0; block < blocks; ++block) {
-    auto raw = next;
-    if (block + 1 < blocks) {
-      stage(block + 1, (block + 1) % 2);
-      next = tile.load(block + 1);
-      asm volatile("cp.async.wait_group 1;");
-    } else {
-      asm volatile("cp.async.wait_group 0;");
-    }
-    __syncthreads();
-    unsigned a[W::STEPS][4];
-    W::unpack(raw, a);
+  auto load_scales = [&](int block, int to) {
+    if constexpr (W::IS_QUANTIZED) {
 #pragma unroll
-    for (int nt = 0; nt < 8; ++nt) {
-      unsigned values[2 * W::STEPS];
-      const T* from = &staged[block % 2][(nt * 8 + lane / 4) * STRIDE + (lane % 4) * (W::BLOCK / 4)];
-      load_words<2 * W::STEPS>(values, reinterpret_cast<const unsigned char*>(from));
-      W::add(sum[nt], a, raw, values);
-    }
-    if ((block + 1) % range == 0 || block + 1 == blocks) {
+      for (int t = 0; t < TILES; ++t) {
 #pragma unroll
-      for (int nt = 0; nt < 8; ++nt) {
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          total[nt][i] += sum[nt][i];
-          sum[nt][i] = 0;
+        for (int half = 0; half < 2; ++half) {
+          scale[to][t][half] = scales[t][half][block * W::BLOCK / GROUP];
+          bias[to][t][half] = biases[t][half][block * W::BLOCK / GROUP];
         }
       }
     }
-    __syncthreads();
+  };
+
+  float sum[TILES][COLUMNS][4] = {};
+  float total[TILES][COLUMNS][4] = {};
+  load_scales(0, 1);
+#pragma unroll
+  for (int block = 0; block < S::STAGES - 1; ++block) {
+    if (block < blocks) {
+      stage_codes(block, block);
+    }
   }
-  if (is_inside) {
+  wait_for_previous();
 #pragma unroll
-    for (int nt = 0; nt < 8; ++nt) {
+  for (int block = 0; block < S::STAGES - 1; ++block) {
+    if (block < blocks) {
+      stage_x(block, block);
+    }
+    commit();
+  }
+  int stage = 0;
+  int stage_ahead = S::STAGES - 1;
+  int end_of_range = range - 1;
+  for (int block = 0; block < blocks; ++block) {
+    asm volatile("cp.async.wait_group %0;" ::"n"(S::STAGES - 2));
+    __syncthreads();
+    if (block + S::STAGES - 1 < blocks) {
+      stage_codes(block + S::STAGES - 1, stage_ahead);
+      stage_x(block + S::STAGES - 1, stage_ahead);
+    }
+    commit();
+    stage_ahead = stage_ahead + 1 == S::STAGES ? 0 : stage_ahead + 1;
 #pragma unroll
-      for (int pair = 0; pair < 2; ++pair) {
-        int at = first_column + nt * 8 + lane % 4 * 2 + pair;
-        if (at < of.m) {
-          finish(of, total[nt][pair], total[nt][pair + 2], at, tile_row + lane / 4);
+    for (int t = 0; t < TILES; ++t) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        scale[0][t][half] = scale[1][t][half];
+        bias[0][t][half] = bias[1][t][half];
+      }
+    }
+    load_scales(min(block + 1, blocks - 1), 1);
+    const unsigned char* x = staged + stage * S::STAGE_BYTES;
+    stage = stage + 1 == S::STAGES ? 0 : stage + 1;
+    auto load_x = [&](int nt, unsigned (&values)[2 * W::STEPS]) {
+      load_words<2 * W::STEPS>(values, x + (nt * 8 + lane / 4) * S::X_STRIDE + (lane % 4) * (W::BLOCK / 2));
+    };
+    if constexpr (W::IS_QUANTIZED) {
+      unsigned values[2 * W::STEPS];
+      float of_x[4];
+      load_x(warp, values);
+      W::add_up(of_x, values);
+      if (lane < 4) {
+        totals_shared[warp * 4 + lane] = make_float2(of_x[0], of_x[1]);
+      }
+    }
+    unsigned a[TILES][W::STEPS][4];
+#pragma unroll
+    for (int t = 0; t < TILES; ++t) {
+      unsigned word[2][W::WORDS];
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        int row = first_row + 16 * t + lane / 4 + 8 * half;
+        load_words<W::WORDS>(word[half], x + S::X_BYTES + row * S::CODE_STRIDE + (lane % 4) * (W::WORDS * 4));
+      }
+      W::unpack(word, a[t]);
+    }
+    // All products of the block side by side: each is a chain of its own.
+    float product[TILES][COLUMNS][4] = {};
+#pragma unroll
+    for (int c = 0; c < COLUMNS; ++c) {
+      unsigned values[2 * W::STEPS];
+      load_x(first_nt + c, values);
+#pragma unroll
+      for (int step = 0; step < W::STEPS; ++step) {
+#pragma unroll
+        for (int t = 0; t < TILES; ++t) {
+          multiply<T>(product[t][c], a[t][step], values[2 * step], values[2 * step + 1]);
+        }
+      }
+    }
+    if constexpr (W::IS_QUANTIZED) {
+      __syncthreads();
+    }
+#pragma unroll
+    for (int c = 0; c < COLUMNS; ++c) {
+      float of_x[4] = {0, 0, 0, 0};
+      if constexpr (W::IS_QUANTIZED) {
+        float2 both = totals_shared[(first_nt + c) * 4 + lane % 4];
+        of_x[0] = of_x[2] = both.x;
+        of_x[1] = of_x[3] = both.y;
+      }
+#pragma unroll
+      for (int t = 0; t < TILES; ++t) {
+        W::add(sum[t][c], product[t][c], scale[0][t], bias[0][t], of_x);
+      }
+    }
+    if (block == end_of_range || block + 1 == blocks) {
+      end_of_range += range;
+#pragma unroll
+      for (int t = 0; t < TILES; ++t) {
+#pragma unroll
+        for (int c = 0; c < COLUMNS; ++c) {
+#pragma unroll
+          for (int i = 0; i < 4; ++i) {
+            total[t][c][i] += sum[t][c][i];
+            sum[t][c][i] = 0;
+          }
+        }
+      }
+    }
+  }
+#pragma unroll
+  for (int t = 0; t < TILES; ++t) {
+    int row = first_output + first_row + 16 * t;
+    if (row < of.n) {
+#pragma unroll
+      for (int c = 0; c < COLUMNS; ++c) {
+#pragma unroll
+        for (int pair = 0; pair < 2; ++pair) {
+          int at = first_column + (first_nt + c) * 8 + lane % 4 * 2 + pair;
+          if (at < of.m) {
+            finish(of, total[t][c][pair], total[t][c][pair + 2], at, row + lane / 4);
+          }
         }
       }
     }
