@@ -14,7 +14,7 @@ use std::time::{Duration, Instant};
 /// Polls before the first pause: about what a message between processes of one host takes.
 const EAGER_POLLS: u32 = 64;
 /// A pause is this part of the time waited.
-const PAUSE_PART: u32 = 32;
+const PAUSE_PART: u32 = 64;
 /// Shortest pause: what a system can sleep.
 const SHORTEST_PAUSE: Duration = Duration::from_micros(10);
 /// Longest pause while an answer is due.

@@ -7,8 +7,8 @@
 
 use anyhow::{Context, Result};
 use mlx_pipe_cuda::{
-    Buffer, Element, Epilogue, Format, Gpu, Heads, Kernels, Model, Numbers, PAGE_TOKENS, Pools,
-    Rotation, Tiles, Weight,
+    AttendWork, Buffer, Element, Epilogue, Format, Gpu, Heads, Kernels, Model, Numbers,
+    PAGE_TOKENS, Pools, Rotation, Tiles, Weight,
 };
 use std::sync::Arc;
 use std::time::Instant;
@@ -65,6 +65,7 @@ fn main() -> Result<()> {
     );
     let bandwidth = copy_bandwidth(&gpu)?;
     println!("copying: {:.0} GB/s", bandwidth / 1e9);
+    layers(&gpu, &kernels, heads, &shape, format)?;
     let linears = [
         ("qkv_proj", heads.qkv_width(), shape.hidden, false),
         ("o_proj", shape.hidden, shape.heads * 128, false),
@@ -187,8 +188,13 @@ fn others(gpu: &Arc<Gpu>, kernels: &Kernels, heads: Heads, shape: &Shape) -> Res
         let queries = pattern(gpu, rows * width * 2)?;
         let out = pattern(gpu, rows * width * 2)?;
         let partial = Buffer::zeroed(gpu, mlx_pipe_cuda::partial_bytes(heads, rows, parts))?;
+        let arrived = Buffer::zeroed(gpu, 1 << 16)?;
+        let work = AttendWork {
+            partial: &partial,
+            arrived: &arrived,
+        };
         let attend = time(gpu, |_| {
-            kernels.attend(&queries, &pools, tiles, &partial, &out, rows)
+            kernels.attend(&queries, &pools, tiles, work, &out, rows)
         })?;
         let qkv = pattern(gpu, rows * heads.qkv_width() * 2)?;
         let norm = pattern(gpu, shape.hidden * 2)?;
@@ -209,6 +215,134 @@ fn others(gpu: &Arc<Gpu>, kernels: &Kernels, heads: Heads, shape: &Shape) -> Res
         println!(
             "{sequences} x {count} after {held}: attend {attend:.1} us, rotate {rotate:.1} us, norm {normed:.1} us"
         );
+    }
+    Ok(())
+}
+
+/// Layers as a decoding step has them, and what one takes less without some of its kernels.
+fn layers(
+    gpu: &Arc<Gpu>,
+    kernels: &Kernels,
+    heads: Heads,
+    shape: &Shape,
+    format: Format,
+) -> Result<()> {
+    let (count, held) = (12, 640);
+    let width = heads.queries * heads.dim;
+    let weights = (0..count)
+        .map(|_| {
+            Ok([
+                weight(gpu, format, heads.qkv_width(), shape.hidden)?,
+                weight(gpu, format, shape.hidden, width)?,
+                weight(gpu, format, 2 * shape.mlp, shape.hidden)?,
+                weight(gpu, format, shape.hidden, shape.mlp)?,
+            ])
+        })
+        .collect::<Result<Vec<_>>>()?;
+    let pages = 16;
+    let pool = heads.kv * heads.dim * PAGE_TOKENS * 2 * pages;
+    let pools = (0..count)
+        .map(|_| {
+            Ok(Pools {
+                keys: pattern(gpu, pool)?,
+                values: pattern(gpu, pool)?,
+            })
+        })
+        .collect::<Result<Vec<_>>>()?;
+    let numbers: Vec<i32> = [held as i32, held as i32, 0, 1, held as i32, 0, 0]
+        .into_iter()
+        .chain(0..pages as i32)
+        .collect();
+    let bytes: Vec<u8> = numbers
+        .iter()
+        .flat_map(|number| number.to_le_bytes())
+        .collect();
+    let buffer = Buffer::of(gpu, &bytes)?;
+    let part = |at, count| Numbers {
+        buffer: &buffer,
+        at,
+        count,
+    };
+    let parts = mlx_pipe_cuda::parts(held + 1);
+    let tiles = Tiles {
+        few: part(2, 5),
+        many: part(7, 0),
+        table: part(7, pages),
+        parts,
+        few_tokens: 1,
+    };
+    let norm = pattern(gpu, shape.hidden * 2)?;
+    let frequencies = pattern(gpu, heads.dim * 4)?;
+    let rotation = Rotation {
+        norms: Some((&norm, &norm)),
+        eps: 1e-6,
+        frequencies: &frequencies,
+        places: part(0, 2),
+    };
+    let [x, normed, qkv, queries, attended, mlp] = [
+        shape.hidden,
+        shape.hidden,
+        heads.qkv_width(),
+        width,
+        width,
+        shape.mlp,
+    ]
+    .map(|width| pattern(gpu, width * 2));
+    let (x, normed, qkv, queries, attended, mlp) = (x?, normed?, qkv?, queries?, attended?, mlp?);
+    let partial = Buffer::zeroed(gpu, mlx_pipe_cuda::partial_bytes(heads, 1, parts))?;
+    let arrived = Buffer::zeroed(gpu, 1 << 16)?;
+    let work = AttendWork {
+        partial: &partial,
+        arrived: &arrived,
+    };
+    let names = [
+        "nothing",
+        "norms",
+        "qkv_proj",
+        "rotate",
+        "attend",
+        "o_proj",
+        "gate_up_proj",
+        "down_proj",
+    ];
+    let mut whole = 0.0;
+    for (left_out, name) in names.iter().enumerate() {
+        let us = time(gpu, |index| {
+            let layer = index % count;
+            let [qkv_proj, o_proj, gate_up_proj, down_proj] = &weights[layer];
+            if left_out != 1 {
+                kernels.rms_norm(&x, (&norm, 1e-6), None, &normed, 1, shape.hidden)?;
+            }
+            if left_out != 2 {
+                kernels.linear(qkv_proj, &normed, 1, Epilogue::Plain, &qkv, false)?;
+            }
+            if left_out != 3 {
+                kernels.rotate(&qkv, rotation, &queries, &pools[layer], 1)?;
+            }
+            if left_out != 4 {
+                kernels.attend(&queries, &pools[layer], tiles, work, &attended, 1)?;
+            }
+            if left_out != 5 {
+                kernels.linear(o_proj, &attended, 1, Epilogue::Add(&x), &x, false)?;
+            }
+            if left_out != 1 {
+                kernels.rms_norm(&x, (&norm, 1e-6), None, &normed, 1, shape.hidden)?;
+            }
+            if left_out != 6 {
+                kernels.linear(gate_up_proj, &normed, 1, Epilogue::Gated, &mlp, false)?;
+            }
+            if left_out != 7 {
+                kernels.linear(down_proj, &mlp, 1, Epilogue::Add(&x), &x, false)?;
+            }
+            Ok(())
+        })?;
+        match left_out {
+            0 => {
+                whole = us;
+                println!("a layer after {held} tokens: {us:.1} us");
+            }
+            _ => println!("  {name}: {:.1} us", whole - us),
+        }
     }
     Ok(())
 }

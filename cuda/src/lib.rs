@@ -20,7 +20,7 @@ mod program;
 pub use device::{Buffer, Gpu, Pinned, Recording, count};
 pub use library::VARIABLE;
 pub use ops::{
-    Best, ELEMENT_BYTES, Epilogue, Kernels, Numbers, Pools, Rotation, TILE, Tiles, Weight,
-    best_bytes, partial_bytes, parts,
+    AttendWork, Best, ELEMENT_BYTES, Epilogue, Kernels, Numbers, Pools, Rotation, TILE, Tiles,
+    Weight, arrived_bytes, best_bytes, partial_bytes, parts,
 };
 pub use program::{Element, Format, Heads, Model, PAGE_TOKENS, compiler};

@@ -153,6 +153,20 @@ pub fn parts(tokens: usize) -> usize {
     tokens.div_ceil(PART_PAGES * PAGE_TOKENS)
 }
 
+/// Memory that attention works in.
+#[derive(Debug, Clone, Copy)]
+pub struct AttendWork<'a> {
+    /// [`partial_bytes`].
+    pub partial: &'a Buffer,
+    /// [`arrived_bytes`], all zero before; and after.
+    pub arrived: &'a Buffer,
+}
+
+/// Bytes of counters for so many tiles of few.
+pub fn arrived_bytes(heads: Heads, tiles: usize) -> usize {
+    tiles * heads.kv * 4
+}
+
 /// Bytes of the partial results of attention, for so many tokens in steps of few.
 pub fn partial_bytes(heads: Heads, tokens: usize, parts: usize) -> usize {
     tokens * heads.queries * parts * (heads.dim + 2) * 4
@@ -195,8 +209,9 @@ pub struct Kernels {
     rms_norm: Kernel,
     rotate: Kernel,
     attend_few: Kernel,
+    /// The same through shared memory, of which there is enough for one thread block at a time; the same bits.
+    attend_few_staged: Option<Kernel>,
     attend_many: Kernel,
-    join: Kernel,
     best_of_parts: Kernel,
     best_of_rows: Kernel,
 }
@@ -279,9 +294,14 @@ impl Kernels {
             linear: model.formats.iter().map(linear).collect::<Result<_>>()?,
             rms_norm: kernel("rms_norm", 256)?,
             rotate: kernel("rotate", 256)?,
-            attend_few: kernel("attend_few", 128)?,
+            attend_few: kernel("attend_few", 128)?.with_shared(model.heads.attend_bytes(false))?,
+            attend_few_staged: match model.heads.attend_bytes(true) {
+                bytes if bytes <= gpu.shared_bytes() => {
+                    Some(kernel("attend_few_staged", 128)?.with_shared(bytes)?)
+                }
+                _ => None,
+            },
             attend_many: kernel("attend_many", 128)?,
-            join: kernel("join", 128)?,
             best_of_parts: kernel("best_of_parts", 256)?,
             best_of_rows: kernel("best_of_rows", 32)?,
         })
@@ -525,7 +545,7 @@ impl Kernels {
         queries: &Buffer,
         pools: &Pools,
         tiles: Tiles,
-        partial: &Buffer,
+        work: AttendWork,
         out: &Buffer,
         rows: usize,
     ) -> Result<()> {
@@ -557,13 +577,20 @@ impl Kernels {
         let few = tiles.few.count / TILE;
         if few > 0 {
             ensure!(
-                partial.bytes() >= partial_bytes(heads, tiles.few_tokens, tiles.parts),
+                work.partial.bytes() >= partial_bytes(heads, tiles.few_tokens, tiles.parts)
+                    && work.arrived.bytes() >= arrived_bytes(heads, few),
                 "there is no room for partial results"
             );
+            let blocks = few * heads.kv * tiles.parts;
+            let kernel = match &self.attend_few_staged {
+                // It is the quicker one as long as none of its thread blocks has to wait for another.
+                Some(staged) if blocks <= self.gpu.processors() => staged,
+                _ => &self.attend_few,
+            };
             let at = tiles.few.address(TILE * few)?;
             // SAFETY: sizes were checked above.
             unsafe {
-                self.attend_few.launch(
+                kernel.launch(
                     &self.gpu,
                     [few, heads.kv, tiles.parts],
                     &[
@@ -572,18 +599,9 @@ impl Kernels {
                         &pools.values.address(),
                         &at,
                         &table,
-                        &partial.address(),
-                    ],
-                )?;
-                let warps = self.few_tokens() * heads.queries;
-                self.join.launch(
-                    &self.gpu,
-                    [few, warps.div_ceil(4), 1],
-                    &[
-                        &partial.address(),
-                        &at,
+                        &work.partial.address(),
+                        &work.arrived.address(),
                         &out.address(),
-                        &(tiles.parts as i32),
                     ],
                 )?;
             }

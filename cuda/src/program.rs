@@ -101,6 +101,15 @@ impl Heads {
             && self.group() <= 16
     }
 
+    /// Shared memory of a thread block of the attention of few tokens: four pages of keys and values, or only what
+    /// becomes of them.
+    pub(crate) fn attend_bytes(self, is_staged: bool) -> usize {
+        match is_staged {
+            true => 4 * 2 * (PAGE_TOKENS * (self.dim + 8) + self.dim * (PAGE_TOKENS + 8)),
+            false => 4 * 4 * 16 * (self.dim + 4),
+        }
+    }
+
     /// Width of what one token makes of queries, keys and values together.
     pub fn qkv_width(self) -> usize {
         (self.queries + 2 * self.kv) * self.dim
@@ -130,7 +139,10 @@ impl Model {
             has_norm,
         } = self.heads;
         let (element, group) = (self.element.name(), self.heads.group());
-        let mut text = format!("constexpr int PAGE = {PAGE_TOKENS};\n");
+        let mut text = format!(
+            "constexpr int PAGE = {PAGE_TOKENS};\n{}",
+            std::env::var("DEFS").unwrap_or_default()
+        );
         SOURCES.iter().for_each(|source| text.push_str(source));
         let kernel = |text: &mut String, threads, name: &str, parameters: &str, body: &str| {
             writeln!(
@@ -187,15 +199,18 @@ impl Model {
         let attended = format!(
             "const {element}* queries, const {element}* keys, const {element}* values, const int* tiles, const int* table"
         );
-        kernel(
-            &mut text,
-            128,
-            "attend_few",
-            &format!("{attended}, float* partial"),
-            &format!(
-                "attend_few<{element}, {kv}, {group}, {dim}>(queries, keys, values, tiles, table, partial);"
-            ),
-        )?;
+        for (name, is_staged) in [("attend_few", false), ("attend_few_staged", true)] {
+            kernel(
+                &mut text,
+                128,
+                name,
+                &format!("{attended}, float* partial, int* arrived, {element}* out"),
+                &format!(
+                    "attend_few<{element}, {kv}, {group}, {dim}, {is_staged}>(queries, keys, values, tiles, table, \
+                     partial, arrived, out);"
+                ),
+            )?;
+        }
         kernel(
             &mut text,
             128,
@@ -204,13 +219,6 @@ impl Model {
             &format!(
                 "attend_many<{element}, {kv}, {group}, {dim}>(queries, keys, values, tiles, table, out);"
             ),
-        )?;
-        kernel(
-            &mut text,
-            128,
-            "join",
-            &format!("const float* partial, const int* tiles, {element}* out, int most_parts"),
-            &format!("join<{element}, {queries}, {dim}>(partial, tiles, out, most_parts);"),
         )?;
         Ok(text)
     }

@@ -101,7 +101,10 @@ impl<'c> Weights<'c> {
     /// # Errors
     /// As [`Self::take`].
     pub fn take_bytes(&mut self, spec: &TensorSpec) -> Result<(Vec<u8>, safetensors::Dtype)> {
-        let begin = |dtype| Ok((Vec::new(), dtype));
+        let elements: usize = spec.shape.iter().product();
+        let begin = |dtype: safetensors::Dtype| {
+            Ok((Vec::with_capacity(elements * dtype.bitsize() / 8), dtype))
+        };
         self.take_in_pieces(spec, 1 << 20, begin, |(bytes, _), piece| {
             bytes.extend_from_slice(piece);
         })

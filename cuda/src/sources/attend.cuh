@@ -156,18 +156,42 @@ DEVICE void attend_page(const Queries<T, HEAD_DIM>& q, const T* keys, const T* v
   }
 }
 
-// A part of one tile of up to sixteen rows, a warp to a page: for steps of few tokens. partial: [tokens x heads, parts,
-// HEAD_DIM + 2], to be joined. Grid: tiles, kv heads, parts.
-template <typename T, int KV_HEADS, int GROUP, int HEAD_DIM>
+// Where a warp has its page of keys and values in shared memory; later its results, where the keys were.
+template <int HEAD_DIM>
+struct Staged {
+  static constexpr int KEY_STRIDE = HEAD_DIM + 8; // elements; so that lanes read different banks
+  static constexpr int VALUE_STRIDE = PAGE + 8;
+  static constexpr int BYTES = (PAGE * KEY_STRIDE + HEAD_DIM * VALUE_STRIDE) * 2;
+};
+
+// Begins to copy a page of ROWS rows of WIDTH elements, by the threads of which this is one.
+template <typename T, int ROWS, int WIDTH, int STRIDE, int THREADS>
+DEVICE void stage_page(T* staged, const T* page, int thread) {
+  constexpr int VECTORS = WIDTH / 8;
+  unsigned to = __cvta_generic_to_shared(staged + thread / VECTORS * STRIDE + thread % VECTORS * 8);
+#pragma unroll
+  for (int i = 0; i < ROWS * VECTORS / THREADS; ++i) {
+    copy_sixteen(to + i * (THREADS / VECTORS) * STRIDE * 2, page + (i * THREADS + thread) * 8);
+  }
+}
+
+// A part of one tile of up to sixteen rows, a warp to a page: for steps of few tokens. Of the thread blocks of a tile
+// the one that ends last merges the parts in their order. Grid: tiles, kv heads, parts.
+// partial: [tokens x heads, parts, HEAD_DIM + 2]. arrived: [tiles, kv heads], zeros before and after.
+// IS_STAGED: pages pass through shared memory, those of earlier steps before the kernels before this one have ended.
+template <typename T, int KV_HEADS, int GROUP, int HEAD_DIM, bool IS_STAGED>
 DEVICE void attend_few(const T* queries, const T* keys, const T* values, const int* tiles, const int* table,
-                       float* partial) {
+                       float* partial, int* arrived, T* out) {
+  using S = Staged<HEAD_DIM>;
   constexpr int DIMS = HEAD_DIM / 8; // of a thread, when results are merged
   constexpr int STRIDE = HEAD_DIM + 4;
-  __shared__ float values_shared[PART][16 * STRIDE];
+  constexpr int WARP_BYTES = IS_STAGED ? S::BYTES : 16 * STRIDE * 4;
+  extern __shared__ __align__(16) unsigned char staged[];
   __shared__ float largest_shared[PART][16];
   __shared__ float weight_shared[PART][16];
+  __shared__ bool is_last;
   let_next_begin();
-  wait_for_previous();
+  // The step's numbers were there before its first kernel.
   int kv_head = blockIdx.y;
   const int* tile = tiles + TILE * blockIdx.x;
   int first_row = tile[0];
@@ -176,78 +200,137 @@ DEVICE void attend_few(const T* queries, const T* keys, const T* values, const i
   const int* pages = table + tile[3];
   int page_count = (first_position + count + PAGE - 1) / PAGE;
   int part = blockIdx.z;
-  if (part * PART >= page_count) {
-    return;
-  }
   int lane = threadIdx.x % 32;
   int warp = threadIdx.x / 32;
   int page = part * PART + warp;
-  if (page < page_count) {
+  bool has_page = page < page_count;
+  // What this step itself writes is there after the wait.
+  bool is_old = page < first_position / PAGE;
+  const T* page_keys = keys;
+  const T* page_values = values;
+  T* staged_keys = reinterpret_cast<T*>(staged + warp * WARP_BYTES);
+  T* staged_values = staged_keys + PAGE * S::KEY_STRIDE;
+  auto stage = [&] {
+    stage_page<T, PAGE, HEAD_DIM, S::KEY_STRIDE, 32>(staged_keys, page_keys, lane);
+    asm volatile("cp.async.commit_group;");
+    stage_page<T, HEAD_DIM, PAGE, S::VALUE_STRIDE, 32>(staged_values, page_values, lane);
+    asm volatile("cp.async.commit_group;");
+  };
+  if (has_page) {
+    size_t at = (size_t(pages[page]) * KV_HEADS + kv_head) * PAGE * HEAD_DIM;
+    page_keys += at;
+    page_values += at;
+    if (IS_STAGED && is_old) {
+      stage();
+    }
+  }
+  wait_for_previous();
+  if (part * PART >= page_count) {
+    return;
+  }
+  float* result = reinterpret_cast<float*>(staged_keys); // of the warp: [16, STRIDE]
+  auto begin = [&](int half, float largest, float weight) {
+    if (lane % 4 == 0) {
+      largest_shared[warp][lane / 4 + 8 * half] = largest;
+      weight_shared[warp][lane / 4 + 8 * half] = weight;
+    }
+    if (IS_STAGED && half == 1) {
+      asm volatile("cp.async.wait_group 0;");
+      __syncwarp();
+    }
+  };
+  auto take = [&](int tile, const float (&o)[4]) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      result[(lane / 4 + i / 2 * 8) * STRIDE + tile * 8 + lane % 4 * 2 + i % 2] = o[i];
+    }
+  };
+  if (has_page) {
     Queries<T, HEAD_DIM> q;
     q.template load<KV_HEADS, GROUP>(queries, first_row, count, first_position, kv_head);
-    size_t at = (size_t(pages[page]) * KV_HEADS + kv_head) * PAGE * HEAD_DIM;
-    attend_page<T, HEAD_DIM, HEAD_DIM, PAGE>(
-        q, keys + at, values + at, page * PAGE,
-        [&](int half, float largest, float weight) {
-          if (lane % 4 == 0) {
-            largest_shared[warp][lane / 4 + 8 * half] = largest;
-            weight_shared[warp][lane / 4 + 8 * half] = weight;
-          }
-        },
-        [&](int tile, const float (&o)[4]) {
-#pragma unroll
-          for (int i = 0; i < 4; ++i) {
-            values_shared[warp][(lane / 4 + i / 2 * 8) * STRIDE + tile * 8 + lane % 4 * 2 + i % 2] = o[i];
-          }
-        });
+    if constexpr (IS_STAGED) {
+      if (!is_old) {
+        stage();
+      }
+      asm volatile("cp.async.wait_group 1;");
+      __syncwarp();
+      attend_page<T, HEAD_DIM, S::KEY_STRIDE, S::VALUE_STRIDE>(q, staged_keys, staged_values, page * PAGE, begin, take);
+    } else {
+      attend_page<T, HEAD_DIM, HEAD_DIM, PAGE>(q, page_keys, page_values, page * PAGE, begin, take);
+    }
   }
   __syncthreads();
   int row = threadIdx.x / 8;
   int dim = threadIdx.x % 8 * DIMS;
   int token = row / GROUP;
-  if (token >= count) {
-    return;
-  }
-  Running<DIMS> of_part;
-  for (int other = 0; other < min(PART, page_count - part * PART); ++other) {
-    const float* value = &values_shared[other][row * STRIDE + dim];
-    of_part.merge(largest_shared[other][row], weight_shared[other][row], [&](int i) { return value[i]; });
-  }
-  size_t partial_row = size_t(tile[4] + token) * KV_HEADS * GROUP + kv_head * GROUP + row % GROUP;
-  float* to = partial + (partial_row * gridDim.z + part) * (HEAD_DIM + 2);
-#pragma unroll
-  for (int i = 0; i < DIMS; ++i) {
-    to[dim + i] = of_part.value[i];
-  }
-  if (dim == 0) {
-    to[HEAD_DIM] = of_part.largest;
-    to[HEAD_DIM + 1] = of_part.weight;
-  }
-}
-
-// Merges the parts of each row of the tiles in their order, a warp a row. Grid: tiles, and warps enough for the rows of one.
-template <typename T, int HEADS, int HEAD_DIM>
-DEVICE void join(const float* partial, const int* tiles, T* out, int most_parts) {
-  constexpr int DIMS = HEAD_DIM / 32;
-  let_next_begin();
-  wait_for_previous();
-  const int* tile = tiles + TILE * blockIdx.x;
-  int row = (blockIdx.y * blockDim.x + threadIdx.x) / 32;
-  int lane = threadIdx.x % 32;
-  if (row / HEADS >= tile[1]) {
-    return;
-  }
-  int parts = (tile[2] + row / HEADS) / (PAGE * PART) + 1;
-  size_t head_row = size_t(tile[0]) * HEADS + row;
-  size_t partial_row = size_t(tile[4]) * HEADS + row;
+  bool is_there = token < count;
   Running<DIMS> all;
-  for (int part = 0; part < parts; ++part) {
-    const float* from = partial + (partial_row * most_parts + part) * (HEAD_DIM + 2);
-    all.merge(from[HEAD_DIM], from[HEAD_DIM + 1], [&](int i) { return from[lane * DIMS + i]; });
+  if (is_there) {
+    for (int other = 0; other < min(PART, page_count - part * PART); ++other) {
+      const float* value = reinterpret_cast<const float*>(staged + other * WARP_BYTES) + row * STRIDE + dim;
+      all.merge(largest_shared[other][row], weight_shared[other][row], [&](int i) { return value[i]; });
+    }
   }
+  int part_count = (page_count + PART - 1) / PART;
+  if (part_count > 1) {
+    size_t partial_row = size_t(tile[4] + token) * KV_HEADS * GROUP + kv_head * GROUP + row % GROUP;
+    float* parts = partial + partial_row * gridDim.z * (HEAD_DIM + 2);
+    if (is_there) {
+      float* to = parts + part * (HEAD_DIM + 2);
 #pragma unroll
-  for (int i = 0; i < DIMS; ++i) {
-    out[head_row * HEAD_DIM + lane * DIMS + i] = T(__fdividef(all.value[i], all.weight));
+      for (int i = 0; i < DIMS; ++i) {
+        to[dim + i] = all.value[i];
+      }
+      if (dim == 0) {
+        to[HEAD_DIM] = all.largest;
+        to[HEAD_DIM + 1] = all.weight;
+      }
+    }
+    __threadfence();
+    __syncthreads();
+    if (threadIdx.x == 0) {
+      int* counter = arrived + blockIdx.x * KV_HEADS + kv_head;
+      is_last = atomicAdd(counter, 1) == part_count - 1;
+      if (is_last) {
+        *counter = 0;
+      }
+    }
+    __syncthreads();
+    if (!is_last) {
+      return;
+    }
+    __threadfence();
+    if (is_there) {
+      all = Running<DIMS>();
+      struct Loaded {
+        float largest, weight, value[DIMS];
+      };
+      auto load = [&](int part) {
+        Loaded loaded;
+        const float* from = parts + part * (HEAD_DIM + 2);
+        loaded.largest = __ldcg(from + HEAD_DIM);
+        loaded.weight = __ldcg(from + HEAD_DIM + 1);
+#pragma unroll
+        for (int i = 0; i < DIMS; ++i) {
+          loaded.value[i] = __ldcg(from + dim + i);
+        }
+        return loaded;
+      };
+      Loaded next = load(0);
+      for (int part = 0; part < part_count; ++part) {
+        Loaded now = next;
+        next = load(min(part + 1, part_count - 1));
+        all.merge(now.largest, now.weight, [&](int i) { return now.value[i]; });
+      }
+    }
+  }
+  if (is_there) {
+    size_t head_row = size_t(first_row + token) * KV_HEADS * GROUP + kv_head * GROUP + row % GROUP;
+#pragma unroll
+    for (int i = 0; i < DIMS; i += 2) {
+      unsigned both = pack<T>(__fdividef(all.value[i], all.weight), __fdividef(all.value[i + 1], all.weight));
+      *reinterpret_cast<unsigned*>(out + head_row * HEAD_DIM + dim + i) = both;
+    }
   }
 }
 
@@ -257,8 +340,8 @@ template <typename T, int KV_HEADS, int GROUP, int HEAD_DIM>
 DEVICE void attend_many(const T* queries, const T* keys, const T* values, const int* tiles, const int* table, T* out) {
   constexpr int PER_WARP = 16 / GROUP; // tokens
   constexpr int DIM_TILES = HEAD_DIM / 8;
-  constexpr int KEY_STRIDE = HEAD_DIM + 8; // elements; so that lanes read different banks
-  constexpr int VALUE_STRIDE = PAGE + 8;
+  constexpr int KEY_STRIDE = Staged<HEAD_DIM>::KEY_STRIDE;
+  constexpr int VALUE_STRIDE = Staged<HEAD_DIM>::VALUE_STRIDE;
   __shared__ __align__(16) T staged_keys[PAGE * KEY_STRIDE];
   __shared__ __align__(16) T staged_values[HEAD_DIM * VALUE_STRIDE];
   let_next_begin();
@@ -281,12 +364,8 @@ DEVICE void attend_many(const T* queries, const T* keys, const T* values, const 
   for (int page = 0; page < page_count; ++page) {
     size_t at = (size_t(pages[page]) * KV_HEADS + kv_head) * PAGE * HEAD_DIM;
     __syncthreads();
-    for (int item = threadIdx.x; item < PAGE * HEAD_DIM / 8; item += 128) {
-      unsigned to = __cvta_generic_to_shared(&staged_keys[item / (HEAD_DIM / 8) * KEY_STRIDE + item % (HEAD_DIM / 8) * 8]);
-      asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(keys + at + item * 8));
-      to = __cvta_generic_to_shared(&staged_values[item / (PAGE / 8) * VALUE_STRIDE + item % (PAGE / 8) * 8]);
-      asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(values + at + item * 8));
-    }
+    stage_page<T, PAGE, HEAD_DIM, KEY_STRIDE, 128>(staged_keys, keys + at, threadIdx.x);
+    stage_page<T, HEAD_DIM, PAGE, VALUE_STRIDE, 128>(staged_values, values + at, threadIdx.x);
     asm volatile("cp.async.wait_all;");
     __syncthreads();
     if (count > 0 && page * PAGE < first_position + count) {

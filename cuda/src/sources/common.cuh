@@ -56,6 +56,11 @@ DEVICE Sixteen load_sixteen(const void* from) {
   return {{low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w}};
 }
 
+// Begins to copy sixteen bytes to shared memory.
+DEVICE void copy_sixteen(unsigned to, const void* from) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(from));
+}
+
 template <typename T>
 DEVICE unsigned pack(float low, float high);
 

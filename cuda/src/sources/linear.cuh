@@ -309,10 +309,6 @@ struct Wide {
   static constexpr int BYTES = STAGES * STAGE_BYTES;
 };
 
-DEVICE void copy_sixteen(unsigned to, const void* from) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(from));
-}
-
 template <typename T, typename Out, int BITS, int GROUP>
 DEVICE void linear_wide(const Linear<T, Out>& of) {
   using S = Wide<T, BITS, GROUP>;

@@ -203,10 +203,12 @@ impl Loader<'_, '_> {
         let [codes, scales, biases, bias] = std::array::from_fn(|part| {
             let (gates, ups) = (&gates.parts()[part][..], &ups.parts()[part][..]);
             let turn = (gates.len() / turns).max(1);
-            let pairs = gates.chunks(turn).zip(ups.chunks(turn));
-            pairs
-                .flat_map(|(gate, up)| [gate, up].concat())
-                .collect::<Vec<u8>>()
+            let mut both = Vec::with_capacity(gates.len() + ups.len());
+            for (gate, up) in gates.chunks(turn).zip(ups.chunks(turn)) {
+                both.extend_from_slice(gate);
+                both.extend_from_slice(up);
+            }
+            both
         });
         let rows = Rows {
             codes,

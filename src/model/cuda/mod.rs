@@ -13,8 +13,8 @@ use crate::sampler::Scores;
 use anyhow::{Context, Result, ensure};
 use load::{Layer, Loader};
 use mlx_pipe_cuda::{
-    Best, Buffer, ELEMENT_BYTES, Epilogue, Gpu, Heads, Kernels, Model, Pools, Recording, Rotation,
-    Tiles, Weight,
+    AttendWork, Best, Buffer, ELEMENT_BYTES, Epilogue, Gpu, Heads, Kernels, Model, Pools,
+    Recording, Rotation, Tiles, Weight,
 };
 use mlx_rs::Dtype;
 use pages::{PAGE_TOKENS, Pages};
@@ -265,6 +265,10 @@ impl CudaEngine {
         if shape.tokens > 0 {
             kernels.look_up(self.table()?, work.numbers(&numbers.tokens), &work.x)?;
         }
+        let attend_work = AttendWork {
+            partial: &work.partial,
+            arrived: &work.arrived,
+        };
         for (layer, pools) in self.layers[..self.used].iter().zip(&self.pools) {
             let norm = (&layer.input_layernorm, self.eps);
             kernels.rms_norm(&work.x, norm, None, &work.normed, rows, self.hidden_size)?;
@@ -294,7 +298,7 @@ impl CudaEngine {
                 &work.queries,
                 pools,
                 tiles,
-                &work.partial,
+                attend_work,
                 &work.attended,
                 rows,
             )?;
@@ -455,6 +459,8 @@ impl Engine for CudaEngine {
             mlx_pipe_cuda::partial_bytes(self.heads(), numbers.few_tokens, numbers.parts);
         let mut sizes = self.sizes(rows, wanted.len(), partial_bytes);
         sizes.numbers = numbers.all.len() * 4;
+        sizes.arrived =
+            mlx_pipe_cuda::arrived_bytes(self.heads(), numbers.few.len() / mlx_pipe_cuda::TILE);
         if self.work.make_room(&sizes)? {
             self.recordings.clear();
         }
@@ -543,6 +549,7 @@ impl CudaEngine {
             attended: row(heads.queries * heads.dim),
             mlp: row(mlp),
             partial: partial_bytes,
+            arrived: 0,
             logits: wanted * stride.map_or(0, |weight| weight.outputs) * 4,
             best_work: mlx_pipe_cuda::best_bytes(wanted),
             best: wanted * Best::BYTES,
