@@ -152,6 +152,11 @@ impl<'r> Sequence<'r> {
         &self.text
     }
 
+    /// What is known of the last token, if that was asked for.
+    pub fn last_logprob(&self) -> Option<&TokenLogprob> {
+        self.logprobs.last()
+    }
+
     /// Tokens of the prompt.
     pub fn prompt_tokens(&self) -> usize {
         self.prompt_tokens

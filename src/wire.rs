@@ -7,7 +7,7 @@
 use std::mem::size_of;
 
 /// Raised when a byte of the format, or of [`crate::parcel`]'s, changes; ranks compare it before they load anything.
-pub const PROTOCOL_VERSION: u16 = 4;
+pub const PROTOCOL_VERSION: u16 = 5;
 
 const MAGIC: [u8; 4] = *b"MXPS";
 const KIND_STEP: u8 = 1;
@@ -102,7 +102,7 @@ pub enum Upkeep {
     Fork(Fork),
 }
 
-/// What a rank has spent its time on, in microseconds since its loop began.
+/// What a rank has spent its time on, in microseconds since its loop began, and what it has sent.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct Load {
     /// Computing.
@@ -111,6 +111,8 @@ pub struct Load {
     pub wait_us: u64,
     /// Handing messages to MPI.
     pub wire_us: u64,
+    /// Bytes handed to MPI.
+    pub sent_bytes: u64,
 }
 
 /// What every rank computes next.
@@ -229,7 +231,7 @@ fn encode_upkeep(upkeep: &Upkeep, bytes: &mut Vec<u8>) {
 
 fn encode_loads(loads: &[Load], bytes: &mut Vec<u8>) {
     for load in loads {
-        for field in [load.busy_us, load.wait_us, load.wire_us] {
+        for field in [load.busy_us, load.wait_us, load.wire_us, load.sent_bytes] {
             bytes.extend(field.to_le_bytes());
         }
     }
@@ -335,6 +337,7 @@ fn decode_loads(reader: &mut Reader, count: usize) -> Result<Vec<Load>, WireErro
             busy_us: reader.u64()?,
             wait_us: reader.u64()?,
             wire_us: reader.u64()?,
+            sent_bytes: reader.u64()?,
         })
     };
     (0..count).map(|_| load(reader)).collect()
@@ -401,7 +404,7 @@ pub struct Sampled {
 }
 
 /// Bytes of a [`Load`].
-const LOAD_BYTES: usize = 24;
+const LOAD_BYTES: usize = 32;
 
 /// Bytes of one sampled token: the token, and where asked for its logprob and the top ones.
 fn record_bytes(logprobs: Option<u8>) -> usize {

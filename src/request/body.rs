@@ -12,6 +12,9 @@ use super::{Chat, Endpoint, Message, Prompt, Rejection, RejectionCode, Role, Sam
 /// How many stop texts a request may name. OpenAI allows 4; templates with several end markers need more.
 pub const STOP_COUNT_MAX: usize = 16;
 
+/// How many answers a request may ask for, over all its prompts, as in OpenAI's API.
+pub const CHOICE_COUNT_MAX: usize = 128;
+
 /// How many likely tokens may be reported for each place, as in OpenAI's chat endpoint.
 pub const TOP_LOGPROBS_MAX: u8 = 20;
 
@@ -20,13 +23,17 @@ pub const TOP_LOGPROBS_MAX: u8 = 20;
 pub struct Body {
     /// Which endpoint the body is for.
     pub endpoint: Endpoint,
-    /// What to continue.
-    pub prompt: Prompt,
-    /// How to continue it; every value is inside its range.
+    /// What to continue, at least one; more than one beside `prompt` only.
+    pub prompts: Vec<Prompt>,
+    /// Answers to each prompt, from 1 to [`CHOICE_COUNT_MAX`].
+    pub choices: usize,
+    /// How to continue them; every value is inside its range.
     pub sampling: Sampling,
     /// Whether the answer was asked for piece by piece. That does not change it, so a file may say so and is answered
     /// with whole lines all the same.
     pub stream: bool,
+    /// Whether an answer in pieces is to end with the count of its tokens.
+    pub include_usage: bool,
 }
 
 impl Body {
@@ -65,19 +72,60 @@ impl Body {
         let mut fields = Fields(fields);
         let endpoint = fields.endpoint(endpoint)?;
         fields.refuse_unsupported()?;
-        let prompt = match endpoint {
-            Endpoint::Completion => text_or_tokens(fields.required("prompt")?)?,
-            Endpoint::Chat => Prompt::Chat(chat(&mut fields)?),
+        let prompts = match endpoint {
+            Endpoint::Completion => prompts(fields.required("prompt")?)?,
+            Endpoint::Chat => vec![Prompt::Chat(chat(&mut fields)?)],
         };
+        let choices = choices(&mut fields, prompts.len())?;
         let sampling = sampling(&mut fields, endpoint, defaults)?;
         let stream = fields.boolean("stream")?.unwrap_or(false);
+        let include_usage = include_usage(&mut fields)?;
         fields.refuse_unknown()?;
         Ok(Body {
             endpoint,
-            prompt,
+            prompts,
+            choices,
             sampling,
             stream,
+            include_usage,
         })
+    }
+
+    /// The one prompt, and how to continue it: what a line of a file may ask for.
+    ///
+    /// # Errors
+    ///
+    /// A [`Rejection`] of what has more than one answer.
+    pub fn single(self) -> Result<(Prompt, Sampling), Rejection> {
+        let unsupported = |field: &str, message: String| {
+            Err(Rejection::of_field(
+                RejectionCode::UnsupportedField,
+                field,
+                message,
+            ))
+        };
+        if self.choices > 1 {
+            return unsupported(
+                "n",
+                format!(
+                    "`n` must be 1 in a line, found {}; repeat the line, or use `mlx-pipe serve`",
+                    self.choices
+                ),
+            );
+        }
+        let [prompt] = match <[Prompt; 1]>::try_from(self.prompts) {
+            Ok(prompts) => prompts,
+            Err(prompts) => {
+                return unsupported(
+                    "prompt",
+                    format!(
+                        "`prompt` holds {} prompts; give each a line of its own",
+                        prompts.len()
+                    ),
+                );
+            }
+        };
+        Ok((prompt, self.sampling))
     }
 }
 
@@ -148,15 +196,12 @@ const HARMLESS: &[&str] = &[
     "safety_identifier",
     "service_tier",
     "store",
-    "stream_options",
     "user",
 ];
 
 /// Fields that would change the answer: the name, what it may hold, in words, and the test for that.
 type Unsupported = (&'static str, &'static str, fn(&Value) -> bool);
 const UNSUPPORTED: &[Unsupported] = &[
-    ("n", "1", is_one),
-    ("best_of", "1", is_one),
     ("presence_penalty", "0", is_zero),
     ("frequency_penalty", "0", is_zero),
     ("logit_bias", "{}", |value| {
@@ -184,10 +229,6 @@ const UNSUPPORTED: &[Unsupported] = &[
     ("min_tokens", "0", is_zero),
     ("stop_token_ids", "[]", is_empty_array),
 ];
-
-fn is_one(value: &Value) -> bool {
-    value.as_f64() == Some(1.0)
-}
 
 fn is_zero(value: &Value) -> bool {
     value.as_f64() == Some(0.0)
@@ -468,9 +509,47 @@ fn top_logprobs(fields: &mut Fields, name: &str) -> Result<Option<u8>, Rejection
     Ok(count.and_then(|count| u8::try_from(count).ok()))
 }
 
-fn text_or_tokens(value: Value) -> Result<Prompt, Rejection> {
+/// `n`, and `best_of`, which must be the same: all answers are returned.
+fn choices(fields: &mut Fields, prompts: usize) -> Result<usize, Rejection> {
+    let most = CHOICE_COUNT_MAX / prompts.clamp(1, CHOICE_COUNT_MAX);
+    let choices = fields.integer("n", 1, most as i64)?.unwrap_or(1);
+    match fields.integer("best_of", 1, i64::MAX)? {
+        Some(best_of) if best_of != choices => Err(Rejection::of_field(
+            RejectionCode::UnsupportedField,
+            "best_of",
+            format!(
+                "`best_of` other than `n` is not supported; leave it out or set it to {choices}, found {best_of}"
+            ),
+        )),
+        _ => Ok(choices as usize),
+    }
+}
+
+fn include_usage(fields: &mut Fields) -> Result<bool, Rejection> {
+    match fields.take("stream_options") {
+        None => Ok(false),
+        Some(Value::Object(options)) => {
+            let mut options = Fields(options);
+            let wrong = |_| {
+                Rejection::of_field(
+                    RejectionCode::InvalidType,
+                    "stream_options.include_usage",
+                    "`stream_options.include_usage` must be true or false",
+                )
+            };
+            Ok(options
+                .boolean("include_usage")
+                .map_err(wrong)?
+                .unwrap_or(false))
+        }
+        Some(other) => Err(wrong_type("stream_options", "an object", &other)),
+    }
+}
+
+/// A text, token ids, or an array of either.
+fn prompts(value: Value) -> Result<Vec<Prompt>, Rejection> {
     match value {
-        Value::String(text) => Ok(Prompt::Text(text)),
+        Value::String(text) => Ok(vec![Prompt::Text(text)]),
         Value::Array(items) => prompt_array(items),
         other => Err(wrong_type(
             "prompt",
@@ -480,42 +559,45 @@ fn text_or_tokens(value: Value) -> Result<Prompt, Rejection> {
     }
 }
 
-/// Token ids, or one prompt in an array of prompts.
-fn prompt_array(mut items: Vec<Value>) -> Result<Prompt, Rejection> {
+/// Token ids, or an array of prompts.
+fn prompt_array(items: Vec<Value>) -> Result<Vec<Prompt>, Rejection> {
     match items.first() {
         None => Err(wrong_value(
             "prompt",
             "at least one token id",
             &Value::Array(items),
         )),
-        Some(Value::Number(_)) => token_ids(&items).map(Prompt::Tokens),
-        Some(Value::String(_) | Value::Array(_)) if items.len() > 1 => Err(Rejection::of_field(
-            RejectionCode::UnsupportedField,
+        Some(Value::Number(_)) => Ok(vec![Prompt::Tokens(token_ids("prompt", &items)?)]),
+        Some(_) if items.len() > CHOICE_COUNT_MAX => Err(wrong_value(
             "prompt",
-            format!(
-                "`prompt` holds {} prompts; give each a request of its own",
-                items.len()
-            ),
+            &format!("at most {CHOICE_COUNT_MAX} prompts"),
+            &Value::Array(items),
         )),
-        Some(Value::String(_)) => text_or_tokens(items.swap_remove(0)),
-        Some(empty @ Value::Array(ids)) if ids.is_empty() => {
-            Err(wrong_value("prompt", "at least one token id", empty))
+        Some(Value::String(_) | Value::Array(_)) => {
+            let numbered = items.into_iter().enumerate();
+            numbered
+                .map(|(i, item)| prompt_of_several(&format!("prompt[{i}]"), item))
+                .collect()
         }
-        Some(Value::Array(ids)) => token_ids(ids).map(Prompt::Tokens),
         Some(other) => Err(wrong_type("prompt[0]", "a token id", other)),
     }
 }
 
-fn token_ids(items: &[Value]) -> Result<Vec<u32>, Rejection> {
+fn prompt_of_several(at: &str, item: Value) -> Result<Prompt, Rejection> {
+    match item {
+        Value::String(text) => Ok(Prompt::Text(text)),
+        Value::Array(ids) if ids.is_empty() => {
+            Err(wrong_value(at, "at least one token id", &Value::Array(ids)))
+        }
+        Value::Array(ids) => token_ids(at, &ids).map(Prompt::Tokens),
+        other => Err(wrong_type(at, "a string or an array of token ids", &other)),
+    }
+}
+
+fn token_ids(at: &str, items: &[Value]) -> Result<Vec<u32>, Rejection> {
     let id = |(i, item): (usize, &Value)| {
         let id = item.as_u64().and_then(|id| u32::try_from(id).ok());
-        id.ok_or_else(|| {
-            wrong_type(
-                &format!("prompt[{i}]"),
-                "a token id (0 to 4294967295)",
-                item,
-            )
-        })
+        id.ok_or_else(|| wrong_type(&format!("{at}[{i}]"), "a token id (0 to 4294967295)", item))
     };
     items.iter().enumerate().map(id).collect()
 }

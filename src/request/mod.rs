@@ -23,8 +23,9 @@ mod writer;
 use serde::Serialize;
 use serde_json::{Map, Value};
 
+pub(crate) use answer::Logprobs;
 pub use answer::{Answer, FinishReason, Identity, TokenChoice, TokenLogprob};
-pub use body::{Body, STOP_COUNT_MAX, TOP_LOGPROBS_MAX};
+pub use body::{Body, CHOICE_COUNT_MAX, STOP_COUNT_MAX, TOP_LOGPROBS_MAX};
 pub use reader::{LINE_BYTES_MAX, LineError, ReadError, RequestReader};
 pub use writer::{AnswerWriter, Format, Tally, WriteError, Written};
 

@@ -271,7 +271,9 @@ fn a_prompt_of_the_wrong_shape_is_refused() {
         ("5", "prompt"),
         ("{}", "prompt"),
         ("[]", "prompt"),
-        ("[[]]", "prompt"),
+        ("[[]]", "prompt[0]"),
+        (r#"["a", 5]"#, "prompt[1]"),
+        ("[[1], [-1]]", "prompt[1][0]"),
         (r#"["a", "b"]"#, "prompt"),
         ("[[1], [2]]", "prompt"),
         ("[1, -1]", "prompt[1]"),
@@ -354,7 +356,7 @@ fn an_error_says_what_was_expected_and_found() {
     );
     assert_eq!(
         message(r#""n": 2"#),
-        "`n` would change the answer and is not supported; leave it out or set it to 1, found 2"
+        "`n` must be 1 in a line, found 2; repeat the line, or use `mlx-pipe serve`"
     );
     assert_eq!(
         message(r#""temprature": 1"#),
@@ -493,7 +495,10 @@ fn a_body_alone_can_be_parsed_for_an_endpoint() {
 /// The chat of a body with these messages.
 fn chat(messages: Value) -> Result<Chat, Rejection> {
     let bytes = json!({"messages": messages}).to_string();
-    match Body::parse(bytes.as_bytes(), None, &defaults())?.prompt {
+    match Body::parse(bytes.as_bytes(), None, &defaults())?
+        .prompts
+        .remove(0)
+    {
         Prompt::Chat(chat) => Ok(chat),
         other => panic!("{other:?}"),
     }

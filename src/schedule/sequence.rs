@@ -72,6 +72,11 @@ impl Sequence {
         known.saturating_sub(self.launched)
     }
 
+    /// Whether the token after the last one is on its way.
+    pub fn awaits_token(&self) -> bool {
+        self.launched == self.tokens.len()
+    }
+
     /// Another token, whose row is known.
     pub fn push(&mut self, token: u32) {
         self.tokens.push(token);

@@ -61,7 +61,8 @@ fn upkeep() -> impl Strategy<Value = Upkeep> {
 }
 
 fn load() -> impl Strategy<Value = Load> {
-    any::<[u64; 3]>().prop_map(|[busy_us, wait_us, wire_us]| Load {
+    any::<[u64; 4]>().prop_map(|[busy_us, wait_us, wire_us, sent_bytes]| Load {
+        sent_bytes,
         busy_us,
         wait_us,
         wire_us,
