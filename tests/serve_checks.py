@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -15,10 +16,12 @@ MODEL = ROOT / "models/SmolLM2-135M-Instruct"
 
 
 class Checks:
-    """Prints a line for each check, and remembers whether one has failed."""
+    """Prints a line for each check, and remembers whether one has failed. Ends the program after `limit_s`."""
 
-    def __init__(self) -> None:
+    def __init__(self, limit_s: int = 100) -> None:
         self.passed = self.failed = 0
+        signal.signal(signal.SIGALRM, lambda *_: sys.exit(f"FAIL  all of it: not done within {limit_s} s"))
+        signal.alarm(limit_s)
 
     def that(self, holds: bool, what: str, found: object = None) -> bool:
         """Notes whether `what` holds; `found` is printed if it does not."""

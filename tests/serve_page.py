@@ -28,7 +28,8 @@ from urllib.parse import urlsplit
 sys.dont_write_bytecode = True  # nothing beside the tests
 from serve_checks import Checks, get, wait_for
 
-CHROMIUM_NAMES = ("chromium", "chromium-browser", "google-chrome")
+MAC_CHROME = "/Applications/Google Chrome.app/Contents/MacOS/Google Chrome"
+CHROMIUM_NAMES = ("chromium", "chromium-browser", "google-chrome", MAC_CHROME)
 ANSWER_LIMIT_S = 10  # of the browser, to a command
 MARKS = {"Enter": ("Enter", 13, "\r"), "Tab": ("Tab", 9, ""), "Escape": ("Escape", 27, ""), " ": ("Space", 32, " ")}
 STORY = "Write a long story about a lighthouse, a storm and a small boat. Do not stop early."
@@ -225,7 +226,7 @@ class Person:
         checks.that(len(ranks) == len(now["ranks"]) == 3, "there is a card for each of three ranks", ranks)
         for rank, card in zip(now["ranks"], ranks):
             first, end = rank["layers"]
-            layers = f"{first} to {end - 1}" if end > first else "none"
+            layers = f"{first} to {end - 1}" if end - first > 1 else str(first)
             shown = [f"Rank {rank['rank']}", rank["host"], rank["device"], layers, "busy", "wait", "wire"]
             missing = [text for text in shown if text not in card]
             checks.that(not missing, f"the card of rank {rank['rank']} has its host, device, layers and shares", missing)
@@ -436,8 +437,10 @@ def take_pictures(person: Person, folder: Path) -> None:
     for other in others:
         other.start()
     try:
+        time.sleep(4)  # shares and rates are those of so long
         person.ask("Tell me about the sea in three short paragraphs.")
-        wait_for("some text", lambda: len(person.last()) > 250 or not person.is_answering(), 30)
+        count = "Number(document.getElementById('running').textContent)"
+        wait_for("some text", lambda: len(person.last()) > 250 and browser.value(count) >= 3, 30)
         for scheme in ("light", "dark"):
             browser.scheme(scheme)
             browser.picture(folder / f"serve-{scheme}.png")
