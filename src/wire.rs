@@ -18,6 +18,9 @@ const UPKEEP_FORK: u8 = 2;
 /// Bytes of the shortest upkeep.
 const UPKEEP_BYTES: usize = 5;
 
+/// Bytes of one token's bias.
+const BIAS_BYTES: usize = 8;
+
 /// Why a frame was refused.
 #[derive(Debug, thiserror::Error, PartialEq)]
 pub enum WireError {
@@ -38,7 +41,7 @@ pub enum WireError {
 }
 
 /// How the last rank picks a token. Stands in the step, so that the last rank keeps no state.
-#[derive(Debug, Clone, Copy, PartialEq)]
+#[derive(Debug, Clone, PartialEq)]
 pub struct SampleParams {
     /// 0 takes the most likely token.
     pub temperature: f32,
@@ -50,6 +53,14 @@ pub struct SampleParams {
     pub min_p: f32,
     /// Divides the positive logits of tokens already in the sequence, multiplies the negative; 1 is off.
     pub repetition_penalty: f32,
+    /// Taken off the logit of every token that is in the answer; 0 is off.
+    pub presence_penalty: f32,
+    /// Taken off the logit of a token for each time that it is in the answer; 0 is off.
+    pub frequency_penalty: f32,
+    /// Tokens of the prompt: where the answer begins.
+    pub prompt_tokens: u32,
+    /// Added to the logits of these tokens; ordered by token, each once.
+    pub logit_bias: Vec<(u32, f32)>,
     /// Key of the random numbers of this sequence.
     pub seed: u64,
     /// `None`: no logprobs. `Some(k)`: the token's own, and those of the `k` most likely.
@@ -64,6 +75,10 @@ impl SampleParams {
         top_k: 0,
         min_p: 0.0,
         repetition_penalty: 1.0,
+        presence_penalty: 0.0,
+        frequency_penalty: 0.0,
+        prompt_tokens: 0,
+        logit_bias: Vec::new(),
         seed: 0,
         logprobs: None,
     };
@@ -248,6 +263,14 @@ fn encode_entry(entry: &Entry, bytes: &mut Vec<u8>) {
         bytes.extend(sample.top_k.to_le_bytes());
         bytes.extend(sample.min_p.to_le_bytes());
         bytes.extend(sample.repetition_penalty.to_le_bytes());
+        bytes.extend(sample.presence_penalty.to_le_bytes());
+        bytes.extend(sample.frequency_penalty.to_le_bytes());
+        bytes.extend(sample.prompt_tokens.to_le_bytes());
+        bytes.extend((sample.logit_bias.len() as u32).to_le_bytes());
+        for (token, bias) in &sample.logit_bias {
+            bytes.extend(token.to_le_bytes());
+            bytes.extend(bias.to_le_bytes());
+        }
         bytes.extend(sample.seed.to_le_bytes());
         bytes.push(sample.logprobs.is_some() as u8);
         bytes.push(sample.logprobs.unwrap_or(0));
@@ -373,6 +396,14 @@ fn decode_sample(reader: &mut Reader) -> Result<SampleParams, WireError> {
         top_k: reader.u32()?,
         min_p: reader.f32()?,
         repetition_penalty: reader.f32()?,
+        presence_penalty: reader.f32()?,
+        frequency_penalty: reader.f32()?,
+        prompt_tokens: reader.u32()?,
+        logit_bias: {
+            let count = reader.count(BIAS_BYTES)?;
+            let bias = |_| Ok((reader.u32()?, reader.f32()?));
+            (0..count).map(bias).collect::<Result<_, WireError>>()?
+        },
         seed: reader.u64()?,
         logprobs: {
             let (given, count) = (reader.flag()?, reader.array::<1>()?[0]);

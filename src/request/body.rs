@@ -6,6 +6,7 @@
 //! kind is refused too: most often it is one of the first kind, misspelt.
 
 use serde_json::{Map, Value};
+use std::collections::BTreeMap;
 
 use super::{Chat, Endpoint, Message, Prompt, Rejection, RejectionCode, Role, Sampling};
 
@@ -14,6 +15,9 @@ pub const STOP_COUNT_MAX: usize = 16;
 
 /// How many answers a request may ask for, over all its prompts, as in OpenAI's API.
 pub const CHOICE_COUNT_MAX: usize = 128;
+
+/// How many tokens a request may bias: they travel with every step. As many as OpenAI's API allows.
+pub const BIAS_COUNT_MAX: usize = 300;
 
 /// How many likely tokens may be reported for each place, as in OpenAI's chat endpoint.
 pub const TOP_LOGPROBS_MAX: u8 = 20;
@@ -166,6 +170,22 @@ impl Sampling {
                 &self.repetition_penalty,
             );
         }
+        for (field, penalty) in [
+            ("presence_penalty", self.presence_penalty),
+            ("frequency_penalty", self.frequency_penalty),
+        ] {
+            if !(-2.0..=2.0).contains(&penalty) {
+                return out_of_range(field, "between -2 and 2", &penalty);
+            }
+        }
+        if self.logit_bias.len() > BIAS_COUNT_MAX {
+            let most = format!("about at most {BIAS_COUNT_MAX} tokens");
+            return out_of_range("logit_bias", &most, &self.logit_bias.len());
+        }
+        let wrong = |(_, bias): &&(u32, f32)| !(-100.0..=100.0).contains(bias);
+        if let Some((_, bias)) = self.logit_bias.iter().find(wrong) {
+            return out_of_range("logit_bias", "numbers between -100 and 100", bias);
+        }
         if self.stop.len() > STOP_COUNT_MAX {
             return out_of_range(
                 "stop",
@@ -202,11 +222,6 @@ const HARMLESS: &[&str] = &[
 /// Fields that would change the answer: the name, what it may hold, in words, and the test for that.
 type Unsupported = (&'static str, &'static str, fn(&Value) -> bool);
 const UNSUPPORTED: &[Unsupported] = &[
-    ("presence_penalty", "0", is_zero),
-    ("frequency_penalty", "0", is_zero),
-    ("logit_bias", "{}", |value| {
-        value.as_object().is_some_and(Map::is_empty)
-    }),
     ("tools", "[]", is_empty_array),
     ("tool_choice", "\"none\" or \"auto\"", is_none_or_auto),
     ("functions", "[]", is_empty_array),
@@ -409,6 +424,16 @@ fn sampling(
         repetition_penalty: fields
             .number("repetition_penalty")?
             .unwrap_or(defaults.repetition_penalty),
+        presence_penalty: fields
+            .number("presence_penalty")?
+            .unwrap_or(defaults.presence_penalty),
+        frequency_penalty: fields
+            .number("frequency_penalty")?
+            .unwrap_or(defaults.frequency_penalty),
+        logit_bias: match logit_bias(fields)? {
+            Some(bias) => bias,
+            None => defaults.logit_bias.clone(),
+        },
         seed: seed(fields)?.or(defaults.seed),
         stop: stop(fields)?.unwrap_or_else(|| defaults.stop.clone()),
         logprobs: match endpoint {
@@ -438,6 +463,30 @@ fn max_tokens(fields: &mut Fields) -> Result<Option<usize>, Rejection> {
     Ok(old
         .or(new)
         .map(|count| usize::try_from(count).unwrap_or(usize::MAX)))
+}
+
+/// `{"token id": bias}`, ordered by token.
+fn logit_bias(fields: &mut Fields) -> Result<Option<Vec<(u32, f32)>>, Rejection> {
+    let biases = match fields.take("logit_bias") {
+        None => return Ok(None),
+        Some(Value::Object(biases)) => biases,
+        Some(other) => {
+            let expected = "an object of token ids and numbers";
+            return Err(wrong_type("logit_bias", expected, &other));
+        }
+    };
+    let mut read = BTreeMap::new();
+    for (name, bias) in biases {
+        let at = format!("logit_bias.{}", shorten(&name));
+        let id = name
+            .parse::<u32>()
+            .map_err(|_| wrong_type(&at, "named by a token id", &Value::String(name)))?;
+        let number = bias
+            .as_f64()
+            .ok_or_else(|| wrong_type(&at, "a number", &bias))?;
+        read.insert(id, number as f32);
+    }
+    Ok(Some(read.into_iter().collect()))
 }
 
 /// 0 keeps every candidate, and so does -1, which other servers use for it.

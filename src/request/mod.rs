@@ -25,7 +25,7 @@ use serde_json::{Map, Value};
 
 pub(crate) use answer::Logprobs;
 pub use answer::{Answer, FinishReason, Identity, TokenChoice, TokenLogprob};
-pub use body::{Body, CHOICE_COUNT_MAX, STOP_COUNT_MAX, TOP_LOGPROBS_MAX};
+pub use body::{BIAS_COUNT_MAX, Body, CHOICE_COUNT_MAX, STOP_COUNT_MAX, TOP_LOGPROBS_MAX};
 pub use reader::{LINE_BYTES_MAX, LineError, ReadError, RequestReader};
 pub use writer::{AnswerWriter, Format, Tally, WriteError, Written};
 
@@ -159,6 +159,12 @@ pub struct Sampling {
     pub min_p: f32,
     /// Divides positive and multiplies negative logits of tokens already seen; above 0, 1 changes nothing.
     pub repetition_penalty: f32,
+    /// Taken off the logits of tokens that the answer has, in [-2, 2]; 0 changes nothing.
+    pub presence_penalty: f32,
+    /// The same for each time that the answer has them, in [-2, 2].
+    pub frequency_penalty: f32,
+    /// Added to the logits of these tokens, each in [-100, 100]; ordered by token, each once.
+    pub logit_bias: Vec<(u32, f32)>,
     /// Key of the random numbers. `None` leaves the choice to the run.
     pub seed: Option<u64>,
     /// Texts that end the answer and are not part of it; none is empty.
@@ -178,6 +184,9 @@ impl Sampling {
             top_k: 0,
             min_p: 0.0,
             repetition_penalty: 1.0,
+            presence_penalty: 0.0,
+            frequency_penalty: 0.0,
+            logit_bias: Vec::new(),
             seed: None,
             stop: Vec::new(),
             logprobs: None,

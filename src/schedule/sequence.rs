@@ -91,7 +91,7 @@ impl Sequence {
             slot,
             start: start as u32,
             tokens: self.tokens[start..end].to_vec(),
-            sample: (end == self.tokens.len()).then_some(self.params),
+            sample: (end == self.tokens.len()).then(|| self.params.clone()),
         }
     }
 
