@@ -10,8 +10,9 @@ import urllib.request
 from collections.abc import Callable
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-PROGRAM = Path(os.environ.get("MLX_PIPE_PROGRAM", ROOT / "mlx-pipe"))
+sys.path.append(str(Path(__file__).resolve().parent.parent / "scripts"))
+from bench_common import PROGRAM, ROOT
+
 MODEL = ROOT / "models/SmolLM2-135M-Instruct"
 
 
@@ -69,10 +70,12 @@ def mpi_command(ranks: int, *options: str | Path) -> list[str | Path]:
     return [*launcher, PROGRAM, *options]
 
 
-def from_stdin(requests: list[dict], *options: str, ranks: int = 3, limit_s: float = 120) -> list[dict]:
+def from_stdin(
+    requests: list[dict], *options: str, model: Path = MODEL, ranks: int = 3, limit_s: float = 120
+) -> list[dict]:
     """The answers of a run over standard input, one a request."""
     lines = "".join(json.dumps(request) + "\n" for request in requests)
-    command = mpi_command(ranks, "--model", MODEL, "--device", "cpu", *options)
+    command = mpi_command(ranks, "--model", model, "--device", "cpu", *options)
     done = subprocess.run(command, input=lines, text=True, capture_output=True, timeout=limit_s)
     if done.returncode not in (0, 3):
         sys.exit(f"{' '.join(map(str, command))}\nended with {done.returncode}:\n{done.stderr}")
