@@ -82,6 +82,9 @@ impl Body {
         };
         let choices = choices(&mut fields, prompts.len())?;
         let sampling = sampling(&mut fields, endpoint, defaults)?;
+        if endpoint == Endpoint::Completion {
+            fields.refuse_tools()?;
+        }
         let stream = fields.boolean("stream")?.unwrap_or(false);
         let include_usage = include_usage(&mut fields)?;
         fields.refuse_unknown()?;
@@ -116,6 +119,12 @@ impl Body {
                     self.choices
                 ),
             );
+        }
+        if let Some(Prompt::Chat(chat)) = self.prompts.first()
+            && !chat.tools.is_empty()
+        {
+            let message = "`tools` are not supported in a line; use `mlx-pipe serve`, which reads calls out of answers";
+            return unsupported("tools", message.into());
         }
         let [prompt] = match <[Prompt; 1]>::try_from(self.prompts) {
             Ok(prompts) => prompts,
@@ -209,7 +218,6 @@ impl Sampling {
 const HARMLESS: &[&str] = &[
     "metadata",
     "model",
-    "parallel_tool_calls",
     "prediction",
     "prompt_cache_key",
     "prompt_cache_retention",
@@ -222,8 +230,6 @@ const HARMLESS: &[&str] = &[
 /// Fields that would change the answer: the name, what it may hold, in words, and the test for that.
 type Unsupported = (&'static str, &'static str, fn(&Value) -> bool);
 const UNSUPPORTED: &[Unsupported] = &[
-    ("tools", "[]", is_empty_array),
-    ("tool_choice", "\"none\" or \"auto\"", is_none_or_auto),
     ("functions", "[]", is_empty_array),
     ("function_call", "\"none\" or \"auto\"", is_none_or_auto),
     ("echo", "false", is_false),
@@ -348,7 +354,20 @@ impl Fields {
     }
 
     fn refuse_unsupported(&mut self) -> Result<(), Rejection> {
-        for (name, neutral, is_neutral) in UNSUPPORTED {
+        self.refuse(UNSUPPORTED)
+    }
+
+    /// Tools belong to chats.
+    fn refuse_tools(&mut self) -> Result<(), Rejection> {
+        self.take("parallel_tool_calls");
+        self.refuse(&[
+            ("tools", "[]", is_empty_array),
+            ("tool_choice", "\"none\" or \"auto\"", is_none_or_auto),
+        ])
+    }
+
+    fn refuse(&mut self, unsupported: &[Unsupported]) -> Result<(), Rejection> {
+        for (name, neutral, is_neutral) in unsupported {
             if let Some(value) = self.take(name)
                 && !is_neutral(&value)
             {
@@ -668,8 +687,71 @@ fn chat(fields: &mut Fields) -> Result<Chat, Rejection> {
         messages: messages
             .map(|(i, item)| message(&format!("messages[{i}]"), item))
             .collect::<Result<_, _>>()?,
+        tools: tools(fields)?,
         template_arguments: template_arguments(fields)?,
     })
+}
+
+/// The tools that may be called: none if `tool_choice` says so.
+fn tools(fields: &mut Fields) -> Result<Vec<Value>, Rejection> {
+    let unsupported = |field: &str, message: String| {
+        Err(Rejection::of_field(
+            RejectionCode::UnsupportedField,
+            field,
+            message,
+        ))
+    };
+    let tools = match fields.take("tools") {
+        None => Vec::new(),
+        Some(Value::Array(tools)) => tools,
+        Some(other) => return Err(wrong_type("tools", "an array of tools", &other)),
+    };
+    for (i, tool) in tools.iter().enumerate() {
+        let at = format!("tools[{i}]");
+        match tool.get("type").and_then(Value::as_str) {
+            Some("function") => {}
+            Some(other) => {
+                let found = shorten(other);
+                return unsupported(
+                    &at,
+                    format!("`{at}` must be of type \"function\", found {found:?}"),
+                );
+            }
+            None => {
+                return Err(wrong_type(
+                    &at,
+                    "an object with `type` and `function`",
+                    tool,
+                ));
+            }
+        }
+        let name = tool
+            .get("function")
+            .and_then(|function| function.get("name"));
+        if !name.is_some_and(Value::is_string) {
+            return Err(missing(
+                &format!("{at}.function.name"),
+                &format!("`{at}.function.name` must be a string"),
+            ));
+        }
+    }
+    let parallel = fields.boolean("parallel_tool_calls")?;
+    if parallel == Some(false) && !tools.is_empty() {
+        let message = "`parallel_tool_calls` cannot be false: nothing keeps the model to one call; leave it out";
+        return unsupported("parallel_tool_calls", message.into());
+    }
+    match fields.take("tool_choice") {
+        None => Ok(tools),
+        Some(Value::String(choice)) if choice == "auto" => Ok(tools),
+        Some(Value::String(choice)) if choice == "none" => Ok(Vec::new()),
+        Some(other) => unsupported(
+            "tool_choice",
+            format!(
+                "`tool_choice` must be \"auto\" or \"none\": nothing makes the model call a tool; found {}",
+                found(&other)
+            ),
+        ),
+    }
 }
 
 /// Variables for the template. Those that the program itself sets are not the caller's to change.
@@ -707,6 +789,9 @@ fn message(at: &str, item: Value) -> Result<Message, Rejection> {
     let calls_tools = fields
         .get("tool_calls")
         .is_some_and(|calls| !is_empty_array(calls));
+    if let Some(Value::Array(calls)) = fields.get_mut("tool_calls") {
+        calls.iter_mut().for_each(parse_arguments);
+    }
     let content = match content {
         Some(content) => Some(text_of(&format!("{at}.content"), content)?),
         None if role == Role::Assistant && calls_tools => None,
@@ -722,6 +807,19 @@ fn message(at: &str, item: Value) -> Result<Message, Rejection> {
         content,
         more: fields,
     })
+}
+
+/// Clients send the arguments of a call as the text of an object; templates expect the object.
+fn parse_arguments(call: &mut Value) {
+    let Some(arguments) = call.pointer_mut("/function/arguments") else {
+        return;
+    };
+    let parsed = arguments
+        .as_str()
+        .and_then(|text| serde_json::from_str::<Map<_, _>>(text).ok());
+    if let Some(parsed) = parsed {
+        *arguments = Value::Object(parsed);
+    }
 }
 
 fn role(at: &str, value: Option<Value>) -> Result<Role, Rejection> {

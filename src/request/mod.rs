@@ -97,6 +97,8 @@ pub enum Prompt {
 pub struct Chat {
     /// The messages in order.
     pub messages: Vec<Message>,
+    /// The tools that the model may call, as the body has them.
+    pub tools: Vec<Value>,
     /// Extra variables for the template (`chat_template_kwargs` of the body), such as `enable_thinking`.
     pub template_arguments: Map<String, Value>,
 }
@@ -111,6 +113,7 @@ impl Chat {
         };
         Chat {
             messages: vec![message],
+            tools: Vec::new(),
             template_arguments: Map::new(),
         }
     }

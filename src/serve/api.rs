@@ -7,9 +7,10 @@ use super::life::Phase;
 use super::metrics::Outcome;
 use super::openai::{Choice, Shape, Writer};
 use super::{Ready, Shared};
-use crate::request::{Body, Endpoint, Form, Prompt, Request, Sampling};
+use crate::request::{Body, Endpoint, Form, Prompt, Rejection, RejectionCode, Request, Sampling};
 use crate::sampler;
 use crate::sequence::{Admitted, Sequence};
+use crate::tokenizer::Tokenizer;
 use axum::extract::Request as HttpRequest;
 use axum::http::header::{CONTENT_LENGTH, CONTENT_TYPE};
 use axum::http::{HeaderMap, StatusCode};
@@ -167,6 +168,22 @@ fn read(shared: &Shared, endpoint: Endpoint, bytes: &[u8]) -> Result<Asked, ApiE
         .get()
         .ok_or_else(|| ApiError::inside("not ready"))?;
     let body = Body::parse(bytes, Some(endpoint), &ready.defaults)?;
+    let has_tools =
+        matches!(body.prompts.first(), Some(Prompt::Chat(chat)) if !chat.tools.is_empty());
+    if has_tools
+        && !ready
+            .rules
+            .tokenizer
+            .as_ref()
+            .is_some_and(Tokenizer::knows_tools)
+    {
+        return Err(ApiError::from(Rejection::of_field(
+            RejectionCode::UnsupportedField,
+            "tools",
+            "`tools` is not supported with this model: its chat template does not tell the model of tools in the \
+             form <tool_call>{...}</tool_call>; leave it out",
+        )));
+    }
     let mut admitted = Vec::new();
     for mut prompt in body.prompts {
         for choice in 0..body.choices {
@@ -193,6 +210,7 @@ fn read(shared: &Shared, endpoint: Endpoint, bytes: &[u8]) -> Result<Asked, ApiE
         created_s: now_s(),
         include_usage: body.include_usage,
         choices_per_prompt: body.choices,
+        has_tools,
     };
     Ok(Asked {
         shape,
@@ -232,7 +250,9 @@ fn start(
         .sum();
     let (sender, events) = mpsc::channel(most_events);
     let mut under_way = UnderWay {
-        choices: (0..count).map(|_| Choice::default()).collect(),
+        choices: (0..count)
+            .map(|_| Choice::new(asked.shape.has_tools))
+            .collect(),
         writer: Writer::new(asked.shape),
         events,
         phase: shared.life.watch(),
@@ -397,7 +417,6 @@ impl Streaming {
                         .position(|(choice, _)| *choice == event.choice);
                     let before = before.map(|index| pieces.swap_remove(index).1);
                     let choice = &mut self.under_way.choices[event.choice];
-                    choice.tell(before.as_ref());
                     choice.end(*answer);
                     let written = self.under_way.writer.last(event.choice, before, choice);
                     self.ready.extend(written);
@@ -407,7 +426,6 @@ impl Streaming {
         }
         for (index, piece) in pieces {
             let choice = &mut self.under_way.choices[index];
-            choice.tell(Some(&piece));
             self.ready
                 .extend(self.under_way.writer.piece(index, piece, choice));
         }

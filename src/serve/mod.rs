@@ -14,6 +14,7 @@
 //! | `answers.rs` | [`Job`](answers::Job) and its events: what passes between HTTP and the loop |
 //! | `feed.rs` | [`HttpFeed`]: the loop's side of it |
 //! | `openai.rs` | the shapes of answers, whole and in pieces |
+//! | `tools.rs` | [`ToolParser`](tools::ToolParser): calls of tools in the text of an answer |
 //! | `life.rs` | loading, ready, draining, failed |
 //! | `status.rs` | what the pipeline is doing, for the page and `/metrics` |
 //! | `metrics.rs` | counters and histograms, as Prometheus reads them |
@@ -29,6 +30,7 @@ mod life;
 mod metrics;
 mod openai;
 mod status;
+mod tools;
 
 pub use feed::HttpFeed;
 pub use status::{About, RankAbout};

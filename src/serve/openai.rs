@@ -3,6 +3,7 @@
 //! written with the digits of an f32.
 
 use super::answers::Piece;
+use super::tools::{Part, ToolCall, ToolParser};
 use crate::request::{Answer, Endpoint, FinishReason, Logprobs, TokenLogprob};
 use axum::http::header::CONTENT_TYPE;
 use axum::response::{IntoResponse, Response};
@@ -30,23 +31,56 @@ pub struct Shape {
     pub include_usage: bool,
     /// Choices that share a prompt.
     pub choices_per_prompt: usize,
+    /// Whether calls of tools are looked for in the text.
+    pub has_tools: bool,
 }
 
 /// One choice as far as it is known, and as far as it was told.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub struct Choice {
     told_bytes: usize,
     told_tokens: usize,
+    told_calls: usize,
+    /// Where calls of tools are looked for.
+    tools: Option<ToolParser>,
     answer: Option<Answer>,
 }
 
 impl Choice {
-    /// Another piece is told.
-    pub fn tell(&mut self, piece: Option<&Piece>) {
-        if let Some(piece) = piece {
-            self.told_bytes += piece.text.len();
-            self.told_tokens += piece.token_ids.len();
+    /// A choice of which nothing is known.
+    pub fn new(has_tools: bool) -> Self {
+        Self {
+            told_bytes: 0,
+            told_tokens: 0,
+            told_calls: 0,
+            tools: has_tools.then(ToolParser::default),
+            answer: None,
         }
+    }
+
+    /// Another piece is told: its text, and the calls that are whole with it.
+    fn tell(&mut self, piece: &mut Piece) -> Vec<ToolCall> {
+        self.told_bytes += piece.text.len();
+        self.told_tokens += piece.token_ids.len();
+        match &mut self.tools {
+            None => Vec::new(),
+            Some(tools) => {
+                let (text, calls) = apart(tools.push(&piece.text));
+                piece.text = text;
+                calls
+            }
+        }
+    }
+
+    /// The same once there is nothing more.
+    fn tell_last(&mut self, piece: &mut Piece) -> Vec<ToolCall> {
+        let mut calls = self.tell(piece);
+        if let Some(tools) = self.tools.take() {
+            let (text, last) = apart(tools.finish());
+            piece.text.push_str(&text);
+            calls.extend(last);
+        }
+        calls
     }
 
     /// The whole of it is known.
@@ -59,26 +93,30 @@ impl Choice {
         self.answer.is_some()
     }
 
-    /// What was not told yet.
-    fn rest(&self, answer: &Answer) -> Piece {
+    /// What was not told yet, behind the piece that comes before it.
+    fn rest(&self, answer: &Answer, mut before: Piece) -> Piece {
         let logprobs = answer.logprobs.as_deref().unwrap_or_default();
-        Piece {
-            text: answer
-                .text
-                .get(self.told_bytes..)
-                .unwrap_or_default()
-                .to_owned(),
-            token_ids: answer
-                .token_ids
-                .get(self.told_tokens..)
-                .unwrap_or_default()
-                .to_vec(),
-            logprobs: logprobs
-                .get(self.told_tokens..)
-                .unwrap_or_default()
-                .to_vec(),
+        let text = self.told_bytes + before.text.len();
+        let tokens = self.told_tokens + before.token_ids.len();
+        before.extend(Piece {
+            text: answer.text.get(text..).unwrap_or_default().to_owned(),
+            token_ids: answer.token_ids.get(tokens..).unwrap_or_default().to_vec(),
+            logprobs: logprobs.get(tokens..).unwrap_or_default().to_vec(),
+        });
+        before
+    }
+}
+
+/// The text of an answer, and the calls in it.
+fn apart(parts: Vec<Part>) -> (String, Vec<ToolCall>) {
+    let (mut text, mut calls) = (String::new(), Vec::new());
+    for part in parts {
+        match part {
+            Part::Text(more) => text.push_str(&more),
+            Part::Call(call) => calls.push(call),
         }
     }
+    (text, calls)
 }
 
 /// Writes the answer to one request.
@@ -86,6 +124,13 @@ impl Choice {
 pub struct Writer {
     shape: Shape,
     id: String,
+}
+
+/// Whether something is written whole or in pieces.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Frame {
+    Whole,
+    Part,
 }
 
 #[derive(Serialize)]
@@ -117,6 +162,26 @@ struct Message {
     role: &'static str,
     content: Option<String>,
     refusal: (),
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    tool_calls: Vec<WrittenCall>,
+}
+
+/// A call of a tool.
+#[derive(Serialize)]
+struct WrittenCall {
+    /// Which of the choice's calls it is; only in pieces.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    index: Option<usize>,
+    id: String,
+    #[serde(rename = "type")]
+    kind: &'static str,
+    function: WrittenFunction,
+}
+
+#[derive(Serialize)]
+struct WrittenFunction {
+    name: String,
+    arguments: String,
 }
 
 #[derive(Serialize)]
@@ -138,6 +203,8 @@ struct Delta<'a> {
     role: Option<&'static str>,
     #[serde(skip_serializing_if = "Option::is_none")]
     content: Option<&'a str>,
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    tool_calls: Vec<WrittenCall>,
 }
 
 /// Tokens of prompts and answers.
@@ -177,19 +244,32 @@ impl Writer {
 
     fn whole_choice<'a>(&self, index: usize, answer: &'a Answer) -> WholeChoice<'a> {
         let is_chat = self.shape.endpoint == Endpoint::Chat;
+        let (content, calls) = match self.shape.has_tools {
+            false => (answer.text.clone(), Vec::new()),
+            true => {
+                let mut tools = ToolParser::default();
+                let mut parts = tools.push(&answer.text);
+                parts.extend(tools.finish());
+                apart(parts)
+            }
+        };
+        let numbered = calls.into_iter().enumerate();
+        let tool_calls: Vec<_> = numbered
+            .map(|(number, call)| self.call(index, number, call, Frame::Whole))
+            .collect();
+        let has_calls = !tool_calls.is_empty();
+        let logprobs = answer.logprobs.as_deref();
         WholeChoice {
             index,
             text: (!is_chat).then_some(answer.text.as_str()),
             message: is_chat.then(|| Message {
                 role: "assistant",
-                content: Some(answer.text.clone()),
+                content: (!has_calls || !content.is_empty()).then_some(content),
                 refusal: (),
+                tool_calls,
             }),
-            logprobs: answer
-                .logprobs
-                .as_deref()
-                .map(|logprobs| self.logprobs(logprobs)),
-            finish_reason: finish_reason(answer.finish_reason),
+            logprobs: logprobs.map(|logprobs| self.logprobs(logprobs)),
+            finish_reason: finish_reason(answer.finish_reason, has_calls),
             token_ids: &answer.token_ids,
         }
     }
@@ -203,6 +283,7 @@ impl Writer {
                     let delta = Delta {
                         role: Some("assistant"),
                         content: Some(""),
+                        tool_calls: Vec::new(),
                     };
                     self.part(PartChoice {
                         index,
@@ -219,31 +300,72 @@ impl Writer {
     }
 
     /// A piece of a choice.
-    pub fn piece(&self, index: usize, piece: Piece, _choice: &Choice) -> Vec<String> {
-        match piece.is_empty() {
-            true => Vec::new(),
-            false => vec![self.content(index, &piece)],
-        }
+    pub fn piece(&self, index: usize, mut piece: Piece, choice: &mut Choice) -> Vec<String> {
+        let calls = choice.tell(&mut piece);
+        self.told(index, &piece, calls, choice)
     }
 
     /// The last of a choice that has ended; `before` is told with it.
-    pub fn last(&self, index: usize, before: Option<Piece>, choice: &Choice) -> Vec<String> {
+    pub fn last(&self, index: usize, before: Option<Piece>, choice: &mut Choice) -> Vec<String> {
         let Some(answer) = &choice.answer else {
             return Vec::new();
         };
-        let mut piece = before.unwrap_or_default();
-        piece.extend(choice.rest(answer));
-        let mut written = self.piece(index, piece, choice);
+        let reason = answer.finish_reason;
+        let mut piece = choice.rest(answer, before.unwrap_or_default());
+        let calls = choice.tell_last(&mut piece);
+        let mut written = self.told(index, &piece, calls, choice);
         let is_chat = self.shape.endpoint == Endpoint::Chat;
         written.push(self.part(PartChoice {
             index,
             text: (!is_chat).then_some(""),
             delta: is_chat.then(Delta::default),
             logprobs: None,
-            finish_reason: Some(finish_reason(answer.finish_reason)),
+            finish_reason: Some(finish_reason(reason, choice.told_calls > 0)),
             token_ids: &[],
         }));
         written
+    }
+
+    fn told(
+        &self,
+        index: usize,
+        piece: &Piece,
+        calls: Vec<ToolCall>,
+        choice: &mut Choice,
+    ) -> Vec<String> {
+        let mut written = Vec::new();
+        if !piece.is_empty() {
+            written.push(self.content(index, piece));
+        }
+        for call in calls {
+            let call = self.call(index, choice.told_calls, call, Frame::Part);
+            choice.told_calls += 1;
+            written.push(self.part(PartChoice {
+                index,
+                text: None,
+                delta: Some(Delta {
+                    tool_calls: vec![call],
+                    ..Delta::default()
+                }),
+                logprobs: None,
+                finish_reason: None,
+                token_ids: &[],
+            }));
+        }
+        written
+    }
+
+    fn call(&self, choice: usize, number: usize, call: ToolCall, frame: Frame) -> WrittenCall {
+        let Shape { started_s, id, .. } = self.shape;
+        WrittenCall {
+            index: (frame == Frame::Part).then_some(number),
+            id: format!("call_{started_s:x}{id:x}_{choice}_{number}"),
+            kind: "function",
+            function: WrittenFunction {
+                name: call.name,
+                arguments: call.arguments,
+            },
+        }
     }
 
     /// What comes after the last choice has ended.
@@ -264,8 +386,8 @@ impl Writer {
             index,
             text: (!is_chat).then_some(text),
             delta: is_chat.then_some(Delta {
-                role: None,
                 content: Some(text),
+                ..Delta::default()
             }),
             logprobs: (!piece.logprobs.is_empty()).then(|| self.logprobs(&piece.logprobs)),
             finish_reason: None,
@@ -327,6 +449,10 @@ impl Writer {
     }
 }
 
-fn finish_reason(reason: FinishReason) -> &'static str {
-    reason.as_str()
+/// An answer that calls tools ends for that reason, unless it was cut off.
+fn finish_reason(reason: FinishReason, has_calls: bool) -> &'static str {
+    match (reason, has_calls) {
+        (FinishReason::Stop, true) => "tool_calls",
+        _ => reason.as_str(),
+    }
 }
