@@ -68,6 +68,10 @@ pub trait Feed {
         None
     }
 
+    /// Is told with every step how many sequences have begun and not ended, and how many tokens of prompts went into
+    /// steps so far.
+    fn runs(&mut self, _sequences: usize, _prompt_tokens: u64) {}
+
     /// Lets up to so much time pass in which there is nothing to do; returns early if something has come.
     fn rest(&mut self, pause: Duration) {
         thread::sleep(pause);
@@ -89,8 +93,6 @@ pub struct Seen {
     pub sequences: usize,
     /// Tokens that the caches of these have room for.
     pub kv_tokens: usize,
-    /// Tokens of prompts that went into steps, so far.
-    pub prompt_tokens: u64,
     /// Time in which there was something to do, so far.
     pub active: Duration,
     /// What each rank has spent, so far.
@@ -242,8 +244,11 @@ impl<T: Transport, C: Compute> Worker<T, C> {
         let Some(mut step) = leading.schedule.next_step() else {
             return Ok(false);
         };
-        let most_sequences = &mut self.counters.most_sequences;
-        *most_sequences = leading.schedule.sequences().max(*most_sequences);
+        let sequences = leading.schedule.sequences();
+        self.counters.most_sequences = sequences.max(self.counters.most_sequences);
+        leading
+            .feed
+            .runs(sequences, leading.schedule.prompt_tokens());
         if leading.feed.is_watched() && leading.watched.elapsed() > WATCH_EVERY {
             leading.watched = Instant::now();
             step.loads = Some(Vec::new());
@@ -554,7 +559,6 @@ impl<F: Feed> Leading<'_, F> {
         self.feed.watch(Seen {
             sequences: self.schedule.sequences(),
             kv_tokens: self.schedule.kv_tokens(),
-            prompt_tokens: self.schedule.prompt_tokens(),
             active,
             loads,
         });

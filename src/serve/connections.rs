@@ -16,6 +16,8 @@ use tracing::debug;
 
 /// Pause after the system has refused a connection, as when there are no more file descriptors.
 const REFUSED_PAUSE: Duration = Duration::from_millis(50);
+/// How long a connection that was told to close may take.
+const CLOSING_LIMIT: Duration = Duration::from_secs(1);
 /// Most bytes of a request's head.
 const HEAD_BYTES: usize = 64 << 10;
 /// Most fields of a request's head.
@@ -124,13 +126,22 @@ pub async fn accept(listener: TcpListener, shared: Arc<Shared>) {
                 tokio::time::sleep(REFUSED_PAUSE).await;
             }
             Ok((stream, _)) => {
-                let is_full = shared.life.open_count() >= shared.options.max_connections as usize;
-                if is_full && !idle.close_oldest() {
-                    // All are at work. This one is closed by dropping it.
-                    continue;
+                let most = shared.options.max_connections as usize;
+                if shared.life.open_count() >= most {
+                    let closing = idle.close_oldest();
+                    let closed = tokio::time::timeout(CLOSING_LIMIT, shared.life.fewer_open(most));
+                    if !closing || closed.await.is_err() {
+                        // All are at work. This one is closed by dropping it.
+                        continue;
+                    }
                 }
                 let seat = Arc::new(Seat::new(&idle));
-                tokio::spawn(serve(stream, seat, router.clone(), Arc::clone(&shared)));
+                let open = shared.life.open();
+                let connection = serve(stream, seat, router.clone(), Arc::clone(&shared));
+                tokio::spawn(async move {
+                    connection.await;
+                    drop(open);
+                });
             }
         }
     }
@@ -138,7 +149,6 @@ pub async fn accept(listener: TcpListener, shared: Arc<Shared>) {
 
 /// Answers the requests of one connection.
 async fn serve(stream: TcpStream, seat: Arc<Seat>, router: Router, shared: Arc<Shared>) {
-    let _open = shared.life.open();
     // Tokens are small and wanted at once. A system that cannot do that is slower, no more.
     let _ = stream.set_nodelay(true);
     let mut stream = TimeoutStream::new(stream);

@@ -216,6 +216,10 @@ impl Feed for HttpFeed {
         Some(key)
     }
 
+    fn runs(&mut self, sequences: usize, prompt_tokens: u64) {
+        self.shared.status.run(sequences, prompt_tokens);
+    }
+
     fn rest(&mut self, pause: Duration) {
         self.shared.status.rest();
         // Without senders there would be no waiting; one of them lives in the shared state.

@@ -291,6 +291,7 @@ async fn metrics_page(State(shared): State<Arc<Shared>>) -> Response {
 
 async fn pipeline(State(shared): State<Arc<Shared>>) -> Response {
     let now = shared.status.now(Instant::now());
+    let (running, waiting) = shared.running_and_waiting();
     let about = shared.ready.get().map(|ready| &ready.about);
     let ranks = about.map_or(&[][..], |about| &about.ranks);
     let ranks: Vec<_> = ranks
@@ -324,8 +325,8 @@ async fn pipeline(State(shared): State<Arc<Shared>>) -> Response {
         "idle_share": now.idle_share,
         "tokens_per_second": now.tokens_per_second,
         "prompt_tokens_per_second": now.prompt_tokens_per_second,
-        "running": now.running,
-        "waiting": shared.waiting(now.running),
+        "running": running,
+        "waiting": waiting,
         "kv_used_tokens": now.kv_used_tokens,
         "kv_total_tokens": about.map_or(0, |about| about.kv_total_tokens),
     });

@@ -32,7 +32,7 @@ pub struct Life {
 }
 
 /// An open connection; closed when it is dropped.
-pub struct Open<'l>(&'l Life);
+pub struct Open(watch::Sender<usize>);
 
 impl Life {
     /// Loading, nobody connected.
@@ -79,9 +79,9 @@ impl Life {
     }
 
     /// One more connection.
-    pub fn open(&self) -> Open<'_> {
+    pub fn open(&self) -> Open {
         self.open.send_modify(|count| *count += 1);
-        Open(self)
+        Open(self.open.clone())
     }
 
     /// Connections now.
@@ -91,9 +91,14 @@ impl Life {
 
     /// Waits until there is no connection.
     pub async fn all_closed(&self) {
+        self.fewer_open(1).await;
+    }
+
+    /// Waits until there are fewer connections than this.
+    pub async fn fewer_open(&self, than: usize) {
         let mut open = self.open.subscribe();
         // It fails only if the sender is gone, which is `self`.
-        let _ = open.wait_for(|count| *count == 0).await;
+        let _ = open.wait_for(|count| *count < than).await;
     }
 }
 
@@ -104,9 +109,9 @@ impl Phase {
     }
 }
 
-impl Drop for Open<'_> {
+impl Drop for Open {
     fn drop(&mut self) {
-        self.0.open.send_modify(|count| *count -= 1);
+        self.0.send_modify(|count| *count -= 1);
     }
 }
 

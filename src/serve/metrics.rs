@@ -138,6 +138,7 @@ pub(super) fn text(shared: &Shared) -> String {
         &TOKEN_BOUNDS_S,
     );
     let now = shared.status.now(Instant::now());
+    let (running, waiting) = shared.running_and_waiting();
     page.one("tokens_total", "counter", "Tokens sampled.", now.tokens);
     page.one(
         "computed_prompt_tokens_total",
@@ -155,13 +156,13 @@ pub(super) fn text(shared: &Shared) -> String {
         "sequences_running",
         "gauge",
         "Sequences begun and not ended.",
-        now.running,
+        running,
     );
     page.one(
         "sequences_waiting",
         "gauge",
         "Sequences that wait for their turn.",
-        shared.waiting(now.running),
+        waiting,
     );
     page.one(
         "kv_used_tokens",

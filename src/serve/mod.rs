@@ -102,13 +102,13 @@ struct Ready {
 }
 
 impl Shared {
-    /// Sequences that wait for their turn, where so many run.
-    fn waiting(&self, running: usize) -> usize {
-        let ready = self.ready.get();
-        let taken = ready.map_or(0, |ready| {
-            ready.place_count - ready.places.available_permits()
-        });
-        taken.saturating_sub(running)
+    /// Sequences under way, and those that wait for their turn.
+    fn running_and_waiting(&self) -> (usize, usize) {
+        let taken = |ready: &Ready| ready.place_count - ready.places.available_permits();
+        let taken = self.ready.get().map_or(0, taken);
+        // The loop tells with every step; some may have ended since.
+        let running = self.status.running().min(taken);
+        (running, taken - running)
     }
 }
 

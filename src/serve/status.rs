@@ -6,7 +6,7 @@ use crate::wire::Load;
 use serde::Serialize;
 use std::collections::VecDeque;
 use std::ops::Range;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -56,6 +56,9 @@ pub struct RankAbout {
 pub struct Status {
     /// Tokens sampled so far.
     tokens: AtomicU64,
+    running: AtomicUsize,
+    /// Tokens of prompts that went into steps so far.
+    prompt_tokens: AtomicU64,
     told: Mutex<Told>,
 }
 
@@ -63,9 +66,7 @@ pub struct Status {
 struct Told {
     /// The last of each rank, so far.
     loads: Vec<Load>,
-    running: usize,
     kv_tokens: usize,
-    prompt_tokens: u64,
     active: Duration,
     moments: VecDeque<Moment>,
 }
@@ -83,9 +84,7 @@ struct Moment {
 /// What the pipeline is doing.
 #[derive(Debug, Default, Clone, PartialEq)]
 pub struct Now {
-    /// Sequences that have begun and not ended.
-    pub running: usize,
-    /// Tokens that their caches have room for.
+    /// Tokens that the caches of sequences under way have room for.
     pub kv_used_tokens: usize,
     /// Tokens sampled so far.
     pub tokens: u64,
@@ -125,22 +124,30 @@ impl Status {
         self.tokens.fetch_add(1, Ordering::Relaxed);
     }
 
+    /// Sequences that have begun and not ended.
+    pub fn running(&self) -> usize {
+        self.running.load(Ordering::Relaxed)
+    }
+
+    /// So many have, and so many tokens of prompts went into steps so far.
+    pub fn run(&self, sequences: usize, prompt_tokens: u64) {
+        self.running.store(sequences, Ordering::Relaxed);
+        self.prompt_tokens.store(prompt_tokens, Ordering::Relaxed);
+    }
+
     /// There is nothing to do.
     pub fn rest(&self) {
-        let mut told = self.told();
-        told.running = 0;
-        told.kv_tokens = 0;
+        self.running.store(0, Ordering::Relaxed);
+        self.told().kv_tokens = 0;
     }
 
     /// What the loop has seen.
     pub fn watch(&self, seen: Seen) {
         let mut told = self.told();
-        told.running = seen.sequences;
         told.kv_tokens = seen.kv_tokens;
-        told.prompt_tokens = seen.prompt_tokens;
         told.active = seen.active;
         told.loads = seen.loads;
-        let moment = told.moment(Instant::now(), self.tokens.load(Ordering::Relaxed));
+        let moment = self.moment(&told, Instant::now());
         told.forget_before(moment.at);
         told.moments.push_back(moment);
     }
@@ -148,8 +155,18 @@ impl Status {
     /// What the pipeline is doing at this time.
     pub fn now(&self, now: Instant) -> Now {
         let mut told = self.told();
-        let current = told.moment(now, self.tokens.load(Ordering::Relaxed));
+        let current = self.moment(&told, now);
         told.now(&current)
+    }
+
+    fn moment(&self, told: &Told, at: Instant) -> Moment {
+        Moment {
+            at,
+            tokens: self.tokens.load(Ordering::Relaxed),
+            prompt_tokens: self.prompt_tokens.load(Ordering::Relaxed),
+            active: told.active,
+            loads: told.loads.clone(),
+        }
     }
 
     fn told(&self) -> MutexGuard<'_, Told> {
@@ -158,16 +175,6 @@ impl Status {
 }
 
 impl Told {
-    fn moment(&self, at: Instant, tokens: u64) -> Moment {
-        Moment {
-            at,
-            tokens,
-            prompt_tokens: self.prompt_tokens,
-            active: self.active,
-            loads: self.loads.clone(),
-        }
-    }
-
     /// Forgets the moments before the window, but for the last one: what it is compared with.
     fn forget_before(&mut self, now: Instant) {
         let is_old = |moment: &Moment| now.saturating_duration_since(moment.at) > WINDOW;
@@ -179,7 +186,6 @@ impl Told {
     fn now(&mut self, current: &Moment) -> Now {
         self.forget_before(current.at);
         let sums = Now {
-            running: self.running,
             kv_used_tokens: self.kv_tokens,
             tokens: current.tokens,
             prompt_tokens: current.prompt_tokens,
