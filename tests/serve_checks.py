@@ -23,6 +23,7 @@ class Checks:
         self.passed = self.failed = 0
         signal.signal(signal.SIGALRM, lambda *_: sys.exit(f"FAIL  all of it: not done within {limit_s} s"))
         signal.alarm(limit_s)
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # with all that has to be closed
 
     def that(self, holds: bool, what: str, found: object = None) -> bool:
         """Notes whether `what` holds; `found` is printed if it does not."""

@@ -206,6 +206,10 @@ class Person:
         browser.call("Page.navigate", url=f"{self.url}/")
         wait_for("the question for a key", lambda: browser.focused() == "key")
         checks.that(True, "the page asks for the key that the server wants, and puts the focus there")
+        with urllib.request.urlopen(f"{self.url}/", timeout=10) as page:
+            policy = page.headers["Content-Security-Policy"] or "none"
+        is_closed = "default-src 'none'" in policy and "connect-src 'self'" in policy
+        checks.that(is_closed, "its policy lets it ask nobody else", policy)
         browser.type("not-the-key")
         browser.press("Enter")
         wait_for("the complaint", lambda: "not know" in browser.value("document.getElementById('key-why').textContent"))
