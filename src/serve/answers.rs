@@ -85,7 +85,8 @@ pub struct Cancelled {
 }
 
 impl Cancelled {
-    fn push(&self, keys: &[u64]) {
+    /// Nobody waits for these any more.
+    pub fn push(&self, keys: &[u64]) {
         let mut all = self.keys.lock().unwrap_or_else(PoisonError::into_inner);
         all.extend(keys);
         self.has_any.store(true, Ordering::Release);

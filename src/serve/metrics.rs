@@ -98,6 +98,39 @@ impl Metrics {
             .fetch_add(prompt_tokens as u64, Ordering::Relaxed);
     }
 
+    /// Writes them down.
+    pub fn write(&self, page: &mut Page) {
+        let count = |value: &AtomicU64| value.load(Ordering::Relaxed);
+        let outcomes = OUTCOMES
+            .iter()
+            .zip(&self.outcomes)
+            .map(|((_, name), value)| (format!("{{outcome=\"{name}\"}}"), count(value)));
+        page.family(
+            "requests_total",
+            "counter",
+            "Requests by outcome.",
+            outcomes,
+        );
+        page.one(
+            "prompt_tokens_total",
+            "counter",
+            "Tokens of prompts answered.",
+            count(&self.prompt_tokens),
+        );
+        page.histogram(
+            "first_token_seconds",
+            "Time from a request to its first token.",
+            &self.first_token,
+            &FIRST_TOKEN_BOUNDS_S,
+        );
+        page.histogram(
+            "token_seconds",
+            "Time from a token to the next of the same sequence.",
+            &self.token,
+            &TOKEN_BOUNDS_S,
+        );
+    }
+
     /// A sequence has its next token, so long after the one before.
     pub fn next_token(&self, after: Duration) {
         self.token.add(after, &TOKEN_BOUNDS_S);
@@ -106,37 +139,8 @@ impl Metrics {
 
 /// All metrics as text.
 pub(super) fn text(shared: &Shared) -> String {
-    let metrics = &shared.metrics;
-    let count = |value: &AtomicU64| value.load(Ordering::Relaxed);
     let mut page = Page::default();
-    let outcomes = OUTCOMES
-        .iter()
-        .zip(&metrics.outcomes)
-        .map(|((_, name), value)| (format!("{{outcome=\"{name}\"}}"), count(value)));
-    page.family(
-        "requests_total",
-        "counter",
-        "Requests by outcome.",
-        outcomes,
-    );
-    page.one(
-        "prompt_tokens_total",
-        "counter",
-        "Tokens of prompts answered.",
-        count(&metrics.prompt_tokens),
-    );
-    page.histogram(
-        "first_token_seconds",
-        "Time from a request to its first token.",
-        &metrics.first_token,
-        &FIRST_TOKEN_BOUNDS_S,
-    );
-    page.histogram(
-        "token_seconds",
-        "Time from a token to the next of the same sequence.",
-        &metrics.token,
-        &TOKEN_BOUNDS_S,
-    );
+    shared.metrics.write(&mut page);
     let now = shared.status.now(Instant::now());
     let (running, waiting) = shared.running_and_waiting();
     page.one("tokens_total", "counter", "Tokens sampled.", now.tokens);
@@ -217,9 +221,15 @@ pub(super) fn text(shared: &Shared) -> String {
 
 /// The text so far.
 #[derive(Default)]
-struct Page(String);
+pub struct Page(String);
 
 impl Page {
+    /// All of it.
+    #[cfg(test)]
+    pub fn text(&self) -> &str {
+        &self.0
+    }
+
     fn family<V: Display>(
         &mut self,
         name: &str,

@@ -30,6 +30,8 @@ mod life;
 mod metrics;
 mod openai;
 mod status;
+#[cfg(test)]
+mod tests;
 mod tools;
 
 pub use feed::HttpFeed;

@@ -230,6 +230,12 @@ impl Writer {
 
     /// The whole answer.
     pub fn whole(&self, choices: &[Choice]) -> Response {
+        let body = self.whole_text(choices);
+        ([(CONTENT_TYPE, "application/json")], body).into_response()
+    }
+
+    /// Its body.
+    pub fn whole_text(&self, choices: &[Choice]) -> String {
         let object = match self.shape.endpoint {
             Endpoint::Completion => "text_completion",
             Endpoint::Chat => "chat.completion",
@@ -238,8 +244,7 @@ impl Writer {
             .iter()
             .enumerate()
             .filter_map(|(index, choice)| Some(self.whole_choice(index, choice.answer.as_ref()?)));
-        let body = self.frame(object, written.collect(), Some(Some(self.usage(choices))));
-        ([(CONTENT_TYPE, "application/json")], body).into_response()
+        self.frame(object, written.collect(), Some(Some(self.usage(choices))))
     }
 
     fn whole_choice<'a>(&self, index: usize, answer: &'a Answer) -> WholeChoice<'a> {

@@ -143,11 +143,16 @@ impl Status {
 
     /// What the loop has seen.
     pub fn watch(&self, seen: Seen) {
+        self.watch_at(seen, Instant::now());
+    }
+
+    /// The same at a time.
+    pub(super) fn watch_at(&self, seen: Seen, now: Instant) {
         let mut told = self.told();
         told.kv_tokens = seen.kv_tokens;
         told.active = seen.active;
         told.loads = seen.loads;
-        let moment = self.moment(&told, Instant::now());
+        let moment = self.moment(&told, now);
         told.forget_before(moment.at);
         told.moments.push_back(moment);
     }
@@ -157,6 +162,12 @@ impl Status {
         let mut told = self.told();
         let current = self.moment(&told, now);
         told.now(&current)
+    }
+
+    /// Moments that are remembered.
+    #[cfg(test)]
+    pub(super) fn moments(&self) -> usize {
+        self.told().moments.len()
     }
 
     fn moment(&self, told: &Told, at: Instant) -> Moment {
