@@ -434,7 +434,7 @@ def take_pictures(person: Person, folder: Path) -> None:
     """The page in light and dark, with an answer before and one under way, and three clients beside."""
     browser, over = person.browser, threading.Event()
     folder.mkdir(parents=True, exist_ok=True)
-    browser.size(1120, 760)
+    browser.size(1120, 830)
     person.ask("What is the capital of France?")
     person.wait_until_answered()
     others = [threading.Thread(target=talk_beside, args=(person.url, person.key, over)) for _ in range(3)]
