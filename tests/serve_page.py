@@ -368,7 +368,9 @@ class Person:
     def fits_small_windows(self) -> None:
         browser, checks = self.browser, self.checks
         browser.size(360, 640)
-        width = "[document.documentElement.scrollWidth, window.innerWidth]"
+        # The conversation scrolls by itself, and must do so in one direction only.
+        log = "document.getElementById('log')"
+        width = f"[Math.max(document.documentElement.scrollWidth, {log}.scrollWidth), window.innerWidth]"
         word = "x" * 300
         # A question and an answer that do not break by themselves.
         text = json.dumps(f"{word}\n\n```\n{word}\n```\n\n`{word}`")
