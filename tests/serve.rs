@@ -1,6 +1,8 @@
 //! The server on real MPI ranks, with the demo model, a real trained one: what it answers, what it refuses, and that
 //! it lives and ends as it says. The client is a plain socket, so that it can also behave badly.
 
+#![cfg(target_os = "linux")] // ranks are found in /proc, and counted by it
+
 mod common;
 
 use common::{PROGRAM, Ran, Running, mpirun, on_cpu, program, root, run, start_with_open_input};
@@ -949,6 +951,14 @@ fn more_than_may_wait_is_refused_and_may_try_again() {
     let refused = server.post("/v1/completions", &json!({"prompt": "a"}));
     assert_eq!(refused.error(429)["type"], "rate_limit_error");
     assert!(refused.head.contains("retry-after: 1"), "{}", refused.head);
+    // One that goes away while it waits makes room for another, though nothing has ended.
+    drop(waiting);
+    std::thread::sleep(Duration::from_millis(300));
+    let waiting = server.connect();
+    (&waiting).write_all(request.as_bytes()).unwrap();
+    std::thread::sleep(Duration::from_millis(300));
+    assert_eq!(server.get("/api/pipeline").json()["waiting"], 1);
+    assert_eq!(server.metric("requests_total{outcome=\"full\"}"), 1.0);
     let never = server
         .post("/v1/completions", &json!({"prompt": "a", "n": 3}))
         .error(400);
@@ -1138,7 +1148,7 @@ fn who_reads_nothing_loses_its_connection_and_nobody_else_anything() {
         "temperature": 1.0, "logit_bias": {"0": -100, "2": -100}});
     let stream = server.begin_stream(&wordy);
     let began = Instant::now();
-    while server.metric("requests_total{outcome=\"cancelled\"}") < 4.0 {
+    while server.metric("requests_total{outcome=\"cancelled\"}") < 1.0 {
         assert!(
             began.elapsed() < Duration::from_secs(100),
             "{}",

@@ -1156,3 +1156,97 @@ proptest! {
         }
     }
 }
+
+/// Any JSON, of the fields of a body most of the time.
+fn any_json() -> impl Strategy<Value = Value> {
+    const NAMES: [&str; 24] = [
+        "prompt",
+        "messages",
+        "n",
+        "best_of",
+        "stop",
+        "logprobs",
+        "top_logprobs",
+        "logit_bias",
+        "tools",
+        "tool_choice",
+        "stream_options",
+        "max_tokens",
+        "temperature",
+        "seed",
+        "role",
+        "content",
+        "type",
+        "text",
+        "function",
+        "name",
+        "tool_calls",
+        "arguments",
+        "5",
+        "x",
+    ];
+    const TEXTS: [&str; 11] = [
+        "",
+        "a",
+        "user",
+        "assistant",
+        "tool",
+        "text",
+        "function",
+        "auto",
+        "none",
+        "{\"a\": 1}",
+        "é",
+    ];
+    let leaf = prop_oneof![
+        Just(Value::Null),
+        any::<bool>().prop_map(Value::from),
+        (-3i64..200).prop_map(Value::from),
+        any::<f64>().prop_map(Value::from),
+        any::<u64>().prop_map(Value::from),
+        prop::sample::select(&TEXTS[..]).prop_map(Value::from),
+    ];
+    leaf.prop_recursive(5, 60, 6, move |inner| {
+        let fields = prop::collection::vec((prop::sample::select(&NAMES[..]), inner.clone()), 0..6);
+        prop_oneof![
+            prop::collection::vec(inner, 0..4).prop_map(Value::from),
+            fields.prop_map(|fields| {
+                let fields = fields
+                    .into_iter()
+                    .map(|(name, value)| (name.to_owned(), value));
+                Value::Object(fields.collect())
+            }),
+        ]
+    })
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(4000))]
+
+    #[test]
+    fn any_body_is_read_within_its_limits_or_refused_briefly(
+        mut body in any_json(),
+        prompt in any_json(),
+        is_chat: bool,
+        cut in prop::option::of(0usize..400),
+    ) {
+        if let Some(fields) = body.as_object_mut() {
+            let (given, other) = if is_chat { ("messages", "prompt") } else { ("prompt", "messages") };
+            fields.remove(other);
+            fields.insert(given.to_owned(), prompt);
+        }
+        let mut bytes = body.to_string().into_bytes();
+        bytes.truncate(cut.unwrap_or(usize::MAX));
+        for endpoint in [Some(Endpoint::Completion), Some(Endpoint::Chat), None] {
+            match Body::parse(&bytes, endpoint, &defaults()) {
+                Err(rejection) => prop_assert!(rejection.message.len() < 2000),
+                Ok(body) => {
+                    prop_assert!(body.sampling.validate().is_ok());
+                    prop_assert!(body.choices > 0 && !body.prompts.is_empty());
+                    prop_assert!(body.prompts.len() * body.choices <= CHOICE_COUNT_MAX);
+                    let _ = body.single();
+                }
+            }
+        }
+    }
+}

@@ -1,6 +1,7 @@
 //! What passes between HTTP and the loop: jobs one way, events the other, and the news that nobody waits any more.
 
 use super::Shared;
+use super::metrics::Outcome;
 use crate::request::{Answer, TokenLogprob};
 use crate::sequence::Admitted;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -106,8 +107,9 @@ impl Cancelled {
 
 /// Somebody waits for these sequences; when it is dropped, nobody does any more.
 pub struct Waiting {
-    /// The keys of those that have not ended.
     keys: Vec<u64>,
+    /// How it ended, if that is not counted elsewhere.
+    outcome: Option<Outcome>,
     shared: Arc<Shared>,
 }
 
@@ -116,24 +118,33 @@ impl Waiting {
     pub fn new(shared: Arc<Shared>) -> Self {
         Self {
             keys: Vec::new(),
+            outcome: None,
             shared,
         }
     }
 
-    /// One more sequence; its index here is its choice.
+    /// One more sequence.
     pub fn add(&mut self, key: u64) {
         self.keys.push(key);
     }
 
-    /// All of them have ended.
-    pub fn all_ended(&mut self) {
-        self.keys.clear();
+    /// All of them are under way. Until they end, the client may go away.
+    pub fn begin(&mut self) {
+        self.outcome = Some(Outcome::Cancelled);
+    }
+
+    /// It has ended so; with `None`, in an error that is counted where it is answered.
+    pub fn end(&mut self, outcome: Option<Outcome>) {
+        self.outcome = outcome;
     }
 }
 
 impl Drop for Waiting {
     fn drop(&mut self) {
-        if !self.keys.is_empty() {
+        if let Some(outcome) = self.outcome {
+            self.shared.metrics.outcome(outcome);
+        }
+        if self.outcome != Some(Outcome::Answered) {
             self.shared.cancelled.push(&self.keys);
         }
     }

@@ -48,7 +48,6 @@ struct UnderWay {
     /// One a choice; `None` once it has ended.
     choices: Vec<Choice>,
     waiting: Waiting,
-    shared: Arc<Shared>,
     _at_work: Option<AtWork>,
 }
 
@@ -257,7 +256,6 @@ fn start(
         events,
         phase: shared.life.watch(),
         waiting: Waiting::new(Arc::clone(shared)),
-        shared: Arc::clone(shared),
         _at_work: at_work,
     };
     for (choice, admitted) in asked.admitted.into_iter().enumerate() {
@@ -275,6 +273,7 @@ fn start(
         // There is room for as many jobs as there are places; the loop is gone where it fails.
         ready.jobs.try_send(job).map_err(|_| gone(shared))?;
     }
+    under_way.waiting.begin();
     Ok(under_way)
 }
 
@@ -330,20 +329,28 @@ impl UnderWay {
 
     /// The whole answer.
     async fn whole(mut self) -> Result<Response, ApiError> {
+        if let Err(why) = self.complete().await {
+            self.waiting.end(None);
+            return Err(ApiError::inside(why));
+        }
+        self.waiting.end(Some(Outcome::Answered));
+        Ok(self.writer.whole(&self.choices))
+    }
+
+    /// Waits until all is known; or why it will not be.
+    async fn complete(&mut self) -> Result<(), String> {
         let mut events = Vec::new();
         while !self.is_complete() {
-            self.next(&mut events).await.map_err(ApiError::inside)?;
+            self.next(&mut events).await?;
             for event in events.drain(..) {
                 match event.news {
                     News::Piece(_) => {}
                     News::Finished(answer) => self.choices[event.choice].end(*answer),
-                    News::Failed(why) => return Err(ApiError::inside(why)),
+                    News::Failed(why) => return Err(why),
                 }
             }
         }
-        self.waiting.all_ended();
-        self.shared.metrics.outcome(Outcome::Answered);
-        Ok(self.writer.whole(&self.choices).into_response())
+        Ok(())
     }
 
     /// The answer in pieces.
@@ -431,8 +438,7 @@ impl Streaming {
         }
         if self.under_way.is_complete() {
             self.has_ended = true;
-            self.under_way.waiting.all_ended();
-            self.under_way.shared.metrics.outcome(Outcome::Answered);
+            self.under_way.waiting.end(Some(Outcome::Answered));
             self.ready
                 .extend(self.under_way.writer.end(&self.under_way.choices));
         }
@@ -440,7 +446,7 @@ impl Streaming {
 
     fn fail(&mut self, why: &str) {
         self.has_ended = true;
-        self.under_way.shared.metrics.outcome(Outcome::Failed);
+        self.under_way.waiting.end(Some(Outcome::Failed));
         self.ready
             .push_back(ApiError::inside(why).body().to_string());
     }

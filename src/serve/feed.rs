@@ -3,7 +3,6 @@
 use super::Shared;
 use super::answers::{Event, Job, News, Piece};
 use super::life::Phase;
-use super::metrics::Outcome;
 use crate::pipeline::{Feed, Next, Seen, Then};
 use crate::plan::RequestTimes;
 use crate::report::{Measured, RequestMeasured};
@@ -13,7 +12,7 @@ use crate::sequence::Sequence;
 use crate::wait;
 use crate::wire::SampledToken;
 use anyhow::{Context, Result};
-use std::collections::HashMap;
+use std::collections::{HashMap, VecDeque};
 use std::sync::Arc;
 use std::sync::mpsc::Receiver;
 use std::time::{Duration, Instant};
@@ -23,8 +22,8 @@ use tracing::info;
 /// Requests from HTTP, answers back to it.
 pub struct HttpFeed {
     jobs: Receiver<Job>,
-    /// A job that came while the loop rested.
-    arrived: Option<Job>,
+    /// Jobs that have come, oldest first; no more than there are places.
+    arrived: VecDeque<Job>,
     under_way: HashMap<u64, UnderWay>,
     shared: Arc<Shared>,
     measured: Measured,
@@ -52,7 +51,7 @@ impl HttpFeed {
     pub(super) fn new(jobs: Receiver<Job>, shared: Arc<Shared>) -> Self {
         Self {
             jobs,
-            arrived: None,
+            arrived: VecDeque::new(),
             under_way: HashMap::new(),
             shared,
             measured: Measured::default(),
@@ -138,11 +137,9 @@ fn tell(events: &mpsc::Sender<Event>, choice: usize, news: News) {
 
 impl Feed for HttpFeed {
     fn next(&mut self) -> Result<Next> {
-        while let Some(job) = self.arrived.take().or_else(|| self.jobs.try_recv().ok()) {
-            // Who went away while it waited has lost its place.
-            if !job.events.is_closed() {
-                return Ok(Next::Prompt(self.admit(job)));
-            }
+        self.arrived.extend(self.jobs.try_iter());
+        if let Some(job) = self.arrived.pop_front() {
+            return Ok(Next::Prompt(self.admit(job)));
         }
         let is_over = self.give_up.is_some() && self.under_way.is_empty();
         Ok(match is_over {
@@ -195,9 +192,11 @@ impl Feed for HttpFeed {
     fn next_cancelled(&mut self) -> Option<u64> {
         while let Some(key) = self.shared.cancelled.pop() {
             if self.under_way.remove(&key).is_some() {
-                self.shared.metrics.outcome(Outcome::Cancelled);
                 return Some(key);
             }
+            // It waits, or has ended.
+            self.arrived.extend(self.jobs.try_iter());
+            self.arrived.retain(|job| job.key != key);
         }
         if !wait::is_draining() {
             return None;
@@ -223,7 +222,7 @@ impl Feed for HttpFeed {
     fn rest(&mut self, pause: Duration) {
         self.shared.status.rest();
         // Without senders there would be no waiting; one of them lives in the shared state.
-        self.arrived = self.jobs.recv_timeout(pause).ok();
+        self.arrived.extend(self.jobs.recv_timeout(pause));
     }
 
     fn is_watched(&self) -> bool {

@@ -20,7 +20,6 @@ use axum::routing::{any, get, post};
 use axum::{Json, Router};
 use serde_json::json;
 use std::sync::Arc;
-use std::time::Instant;
 
 /// The page, whole: scripts and styles are inside of it.
 const PAGE: &str = include_str!("page/index.html");
@@ -290,8 +289,7 @@ async fn metrics_page(State(shared): State<Arc<Shared>>) -> Response {
 }
 
 async fn pipeline(State(shared): State<Arc<Shared>>) -> Response {
-    let now = shared.status.now(Instant::now());
-    let (running, waiting) = shared.running_and_waiting();
+    let (now, running, waiting) = shared.now();
     let about = shared.ready.get().map(|ready| &ready.about);
     let ranks = about.map_or(&[][..], |about| &about.ranks);
     let ranks: Vec<_> = ranks

@@ -3,7 +3,7 @@
 use super::Shared;
 use std::fmt::{Display, Write};
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 /// Upper bounds of the buckets of times to the first token, in seconds.
 const FIRST_TOKEN_BOUNDS_S: [f64; 12] = [
@@ -141,8 +141,7 @@ impl Metrics {
 pub(super) fn text(shared: &Shared) -> String {
     let mut page = Page::default();
     shared.metrics.write(&mut page);
-    let now = shared.status.now(Instant::now());
-    let (running, waiting) = shared.running_and_waiting();
+    let (now, running, waiting) = shared.now();
     page.one("tokens_total", "counter", "Tokens sampled.", now.tokens);
     page.one(
         "computed_prompt_tokens_total",

@@ -46,7 +46,7 @@ use anyhow::{Context, Result};
 use guard::Guard;
 use life::{Life, Phase};
 use metrics::Metrics;
-use status::Status;
+use status::{Now, Status};
 use std::net::SocketAddr;
 use std::sync::atomic::AtomicU64;
 use std::sync::mpsc::{self, SyncSender};
@@ -104,13 +104,17 @@ struct Ready {
 }
 
 impl Shared {
-    /// Sequences under way, and those that wait for their turn.
-    fn running_and_waiting(&self) -> (usize, usize) {
+    /// What the pipeline is doing, and how many sequences are under way and wait for their turn.
+    fn now(&self) -> (Now, usize, usize) {
         let taken = |ready: &Ready| ready.place_count - ready.places.available_permits();
         let taken = self.ready.get().map_or(0, taken);
-        // The loop tells with every step; some may have ended since.
+        // The loop tells with every step, of caches less often; some may have ended since.
         let running = self.status.running().min(taken);
-        (running, taken - running)
+        let mut now = self.status.now(Instant::now());
+        if running == 0 {
+            now.kv_used_tokens = 0;
+        }
+        (now, running, taken - running)
     }
 }
 
