@@ -78,12 +78,12 @@ def row(what: str, found: str, goal: str = "-", reached: bool | None = None) -> 
 def notes(repeats: int) -> list[str]:
     """What one has to know to read it."""
     return [
-        f"Medians of {repeats} and their range, in turns; `{' '.join(OPTIONS)}`. {STREAMS} prompts of {PROMPT_TOKENS} tokens, "
-        f"{ANSWER_TOKENS} out.",
-        "Standard input: sampled tokens over the time in which there was a sequence to work on. HTTP: over the time from the",
-        "first byte of the first request to the last byte of the last answer, as the client sees it, all streamed.",
-        f"Idle: user and system time of all threads, over {IDLE_S:.0f} s. After idle: {QUIET_S:.0f} s without a request, then one",
-        "whose prompt is in no cache; right after: the same just after another answer.",
+        f"Medians of {repeats} and their range, in turns; `{' '.join(OPTIONS)}`. {STREAMS} prompts of {PROMPT_TOKENS}",
+        f"tokens, {ANSWER_TOKENS} out. Standard input: sampled tokens over the time in which there was a sequence to",
+        "work on. HTTP: over the time from the first byte of the first request to the last byte of the last answer, as",
+        f"the client sees it, all streamed. Idle: user and system time of all threads, over {IDLE_S:.0f} s. After idle:",
+        f"{QUIET_S:.0f} s without a request, then one whose prompt is in no cache; right after: the same just after",
+        "another answer.",
     ]
 
 
@@ -96,7 +96,10 @@ def cost_of_http(title: str, model: Path, repeats: int) -> list[str]:
     measured = Measured()
     over_stdin(model, requests[:1])  # fills the page cache
     for number in range(repeats):
-        ways = [lambda: measured.stdin.append(over_stdin(model, requests)), lambda: measured.http.append(over_http(model, requests))]
+        ways = [
+            lambda: measured.stdin.append(over_stdin(model, requests)),
+            lambda: measured.http.append(over_http(model, requests)),
+        ]
         for way in ways if number % 2 == 0 else reversed(ways):
             print(f"{number + 1}/{repeats} {title}", file=sys.stderr)
             way()
@@ -227,7 +230,12 @@ def many_clients() -> list[str]:
         row(f"{name}: tokens other than over standard input", str(len(told.others)), "0", not told.others),
         row(f"{name}, {told.left} left in mid-answer: places stuck", str(stuck), "0", outcome.is_idle),
         *(
-            row(f"{name}: memory of rank {rank} in the last quarter over the second, MB", f"{grown / 1e6:+.1f}", f"< {most:g}", grown < most * 1e6)
+            row(
+                f"{name}: memory of rank {rank} in the last quarter over the second, MB",
+                f"{grown / 1e6:+.1f}",
+                f"< {most:g}",
+                grown < most * 1e6,
+            )
             for rank, grown in enumerate(growth)
         ),
     ]

@@ -1,4 +1,4 @@
-"""What serve_page.py, serve_client.py and serve_load.py share: checks that print a line each, and questions to a server."""
+"""What the server's tests in Python share: checks that print a line each, and runs to compare with."""
 
 import json
 import os

@@ -115,7 +115,9 @@ class Client:
         plain = list(self.chat(STORY, max_tokens=3, stream=True))
         self.checks.that(all(chunk.usage is None for chunk in plain), "usage comes only if asked for", plain[-1])
         text = "".join(chunk.choices[0].text for chunk in self.complete("One, two,", max_tokens=8, stream=True))
-        self.checks.that(text == self.complete("One, two,", max_tokens=8).choices[0].text, "completions stream too", text)
+        self.checks.that(
+            text == self.complete("One, two,", max_tokens=8).choices[0].text, "completions stream too", text
+        )
         two = list(self.complete(["One, two,", "A, b, c,"], max_tokens=6, stream=True))
         texts = ["".join(chunk.choices[0].text for chunk in two if chunk.choices[0].index == index) for index in (0, 1)]
         alone = [self.complete(prompt, max_tokens=6).choices[0].text for prompt in ("One, two,", "A, b, c,")]
@@ -159,7 +161,9 @@ class Client:
         is_old = "".join(old.tokens).startswith(" Paris") and [len(top) for top in old.top_logprobs] == [2] * 3
         self.checks.that(is_old, "completions have them in their own shape", old)
         streamed = list(self.chat(max_tokens=6, logprobs=True, top_logprobs=5, stream=True))
-        found = [entry for chunk in streamed if chunk.choices[0].logprobs for entry in chunk.choices[0].logprobs.content]
+        found = [
+            entry for chunk in streamed if chunk.choices[0].logprobs for entry in chunk.choices[0].logprobs.content
+        ]
         self.checks.that(found == entries, "they are the same in a stream", found)
 
     def has_seeds(self) -> None:
@@ -273,7 +277,9 @@ class Client:
         ranks = {name for name in after if 'rank="2"' in name}
         checks.that(len(ranks) >= 4, "every rank has its samples", sorted(ranks))
 
-    def fails(self, wanted: type[openai.APIStatusError], what: str, param: str | None, ask: Callable[[], object]) -> None:
+    def fails(
+        self, wanted: type[openai.APIStatusError], what: str, param: str | None, ask: Callable[[], object]
+    ) -> None:
         """Checks that a question is refused, in which way, and for which field."""
         try:
             found = ask()
@@ -289,7 +295,9 @@ class Client:
         stranger = openai.OpenAI(base_url=f"{self.url}/v1", api_key="not-the-key", max_retries=0, timeout=LIMIT_S)
         self.fails(openai.AuthenticationError, "a wrong key", None, stranger.models.list)
         self.fails(openai.NotFoundError, "an unknown model", None, lambda: self.ask.models.retrieve("gpt-0"))
-        self.fails(openai.NotFoundError, "an unknown address", None, lambda: self.ask.embeddings.create(model="m", input="x"))
+        self.fails(
+            openai.NotFoundError, "an unknown address", None, lambda: self.ask.embeddings.create(model="m", input="x")
+        )
         self.fails(bad, "no messages", "messages", lambda: chat([]))
         self.fails(bad, "a temperature below 0", "temperature", lambda: chat(temperature=-1))
         self.fails(bad, "a role that is none", None, lambda: chat([{"role": "captain", "content": "Hi"}]))
@@ -299,9 +307,16 @@ class Client:
         self.fails(bad, "17 stop texts", "stop", lambda: chat(stop=[str(number) for number in range(17)]))
         self.fails(bad, "a response_format", "response_format", lambda: chat(response_format={"type": "json_object"}))
         self.fails(bad, "an unknown field", "tempreature", lambda: chat(extra_body={"tempreature": 1}))
-        self.fails(bad, "an image", None, lambda: chat([{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]))
+        self.fails(
+            bad,
+            "an image",
+            None,
+            lambda: chat([{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]),
+        )
         self.fails(bad, "a prompt longer than the context", None, lambda: self.complete([1] * 100_000))
-        self.fails(openai.UnprocessableEntityError, "a token beyond the vocabulary", None, lambda: self.complete([9_999_999]))
+        self.fails(
+            openai.UnprocessableEntityError, "a token beyond the vocabulary", None, lambda: self.complete([9_999_999])
+        )
         self.fails(openai.APIStatusError, "a body of 5 MB", None, lambda: self.complete("x" * 5_000_000))
         path, body = "/v1/chat/completions", json.dumps({"messages": FRANCE, "max_tokens": 1}).encode()
         for what, wanted, found in (
@@ -348,8 +363,20 @@ class Client:
         requests: list[dict] = [
             {"messages": FRANCE, "max_tokens": 24},
             {"messages": STORY, "max_tokens": 48, "temperature": 1.1, "seed": 11},
-            {"messages": STORY, "max_tokens": 48, "temperature": 0.9, "top_p": 0.8, "top_k": 40, "min_p": 0.02, "seed": 12},
-            {"messages": [{"role": "system", "content": "Be brief."}, *FRANCE], "max_tokens": 24, "repetition_penalty": 1.2},
+            {
+                "messages": STORY,
+                "max_tokens": 48,
+                "temperature": 0.9,
+                "top_p": 0.8,
+                "top_k": 40,
+                "min_p": 0.02,
+                "seed": 12,
+            },
+            {
+                "messages": [{"role": "system", "content": "Be brief."}, *FRANCE],
+                "max_tokens": 24,
+                "repetition_penalty": 1.2,
+            },
             {"prompt": "The capital of France is", "max_tokens": 24, "logprobs": 3},
             {"prompt": [504, 3575, 282, 4649, 314], "max_tokens": 24, "temperature": 1.5, "seed": 2**63},
             {"prompt": long, "max_tokens": 32, "temperature": 0.8, "seed": 5, "stop": [".", "\n"]},

@@ -3,7 +3,8 @@
 
     tests/serve_load.py [--clients N] [--requests N]
 
-Starts a server of its own. Prints a line for each check; the exit status is 1 if one has failed. scripts/bench serve
+Starts a server of its own. Prints a line for each check; the exit status is 1 if one has failed. Memory takes some hundred
+requests to settle, so with fewer than the default its check may fail without a leak. scripts/bench serve
 calls it too.
 """
 
@@ -129,14 +130,22 @@ class Outcome:
         """How much more memory each rank used in the last quarter than in the second."""
         quarter = max(1, len(self.rss_bytes) // 4)
         early, late = self.rss_bytes[quarter : 2 * quarter] or self.rss_bytes, self.rss_bytes[-quarter:]
-        median = lambda samples, rank: statistics.median(sample[rank] for sample in samples)
-        return [int(median(late, rank) - median(early, rank)) for rank in range(len(self.rss_bytes[0]))]
+        medians = [[statistics.median(ranks) for ranks in zip(*part)] for part in (early, late)]
+        return [int(after - before) for before, after in zip(*medians)]
+
+
+def fill_caches(url: str) -> None:
+    """Touches all memory that is planned for caches, so that what grows afterwards is something else."""
+    dice = random.Random(11)
+    prompts = [[dice.randrange(100, 40_000) for _ in range(400)] for _ in range(40)]
+    Client(url, 0, Told()).ask({"prompt": prompts, "max_tokens": 8})
 
 
 def storm(server: Server, clients: int, count: int) -> Outcome:
     """So many clients, each with so many requests one after the other."""
     requests = requests_of(KINDS)
     wanted = [answer["choices"][0]["token_ids"] for answer in from_stdin(requests, *OPTIONS)]
+    fill_caches(server.url)
     told, samples = Told(), []
     everybody = [Client(server.url, number, told) for number in range(clients)]
     # Daemons: what hangs is an error after the time below, and must not keep this program.

@@ -54,7 +54,11 @@ class Browser:
         shell = 'exec 3<&"$1" 4>&"$2"; shift 2; exec "$@"'
         command = ["bash", "-c", shell, "-", str(read), str(write), name, *flags, "about:blank"]
         self.process = subprocess.Popen(
-            command, pass_fds=(read, write), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+            command,
+            pass_fds=(read, write),
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
         )
         for end in (from_us[0], to_us[1], read, write):
             os.close(end)
@@ -233,7 +237,9 @@ class Person:
             layers = f"{first} to {end - 1}" if end - first > 1 else str(first)
             shown = [f"Rank {rank['rank']}", rank["host"], rank["device"], layers, "busy", "wait", "wire"]
             missing = [text for text in shown if text not in card]
-            checks.that(not missing, f"the card of rank {rank['rank']} has its host, device, layers and shares", missing)
+            checks.that(
+                not missing, f"the card of rank {rank['rank']} has its host, device, layers and shares", missing
+            )
 
     def sees_an_answer_grow(self) -> None:
         browser, checks = self.browser, self.checks
@@ -290,8 +296,12 @@ class Person:
         self.ask("Hi")
         time.sleep(0.3)
         asked = [url for url in browser.requests[before:] if "completions" in url]
-        checks.that(not asked and browser.focused() == "temperature", "a temperature of 5 is refused where it stands", asked)
-        browser.call("Input.dispatchKeyEvent", type="keyDown", key="a", code="KeyA", modifiers=2, commands=["selectAll"])
+        checks.that(
+            not asked and browser.focused() == "temperature", "a temperature of 5 is refused where it stands", asked
+        )
+        browser.call(
+            "Input.dispatchKeyEvent", type="keyDown", key="a", code="KeyA", modifiers=2, commands=["selectAll"]
+        )
         browser.type("0")
         browser.tab_to("max-tokens")
         browser.type("5")
@@ -338,7 +348,12 @@ class Person:
         asked = browser.value("[...document.querySelectorAll('.question')].at(-1).innerText")
         checks.that(hostile in asked, "markup in a question is shown as it is", asked)
         text = json.dumps(f"{hostile}\n\n```html\n{hostile}\n```\n\n`<b>` and ~~~\n~~~\n<i>\n")
-        made = f"(() => {{ const at = document.createElement('div'); document.getElementById('turns').append(at); show(at, {text}); return at.outerHTML; }})()"
+        made = f"""(() => {{
+          const at = document.createElement('div');
+          document.getElementById('turns').append(at);
+          show(at, {text});
+          return at.outerHTML;
+        }})()"""
         html = browser.value(made)
         found = browser.value("document.querySelectorAll('#turns img, #turns script, #turns b, #turns i').length")
         is_taken = browser.value("document.title") != "mlx-pipe"
@@ -350,7 +365,9 @@ class Person:
         browser.tab_to("new-chat", back=True)
         browser.press("Enter")
         left = browser.value("document.getElementById('turns').children.length")
-        checks.that(left == 0 and browser.focused() == "message", "a new chat is empty, with the focus on the message", left)
+        checks.that(
+            left == 0 and browser.focused() == "message", "a new chat is empty, with the focus on the message", left
+        )
 
     def names_everything(self) -> None:
         nodes = self.browser.call("Accessibility.getFullAXTree")["nodes"]
@@ -363,7 +380,9 @@ class Person:
         ]
         self.checks.that(len(wanted) > 5 and not nameless, "every control has a name for a screen reader", nameless)
         present = {node.get("role", {}).get("value") for node in nodes}
-        self.checks.that(set(roles) <= present, "conversation, state and pipeline have their roles", set(roles) - present)
+        self.checks.that(
+            set(roles) <= present, "conversation, state and pipeline have their roles", set(roles) - present
+        )
 
     def fits_small_windows(self) -> None:
         browser, checks = self.browser, self.checks
@@ -374,19 +393,20 @@ class Person:
         word = "x" * 300
         # A question and an answer that do not break by themselves.
         text = json.dumps(f"{word}\n\n```\n{word}\n```\n\n`{word}`")
-        browser.value(f"{{ const turn = addTurn('{word}'); turn.text = {text}; show(turn.body, turn.text); turn.text = ''; }}")
+        browser.value(f"show(addTurn('{word}').body, {text})")
         for panels in ([], ["settings"], ["pipeline"], ["settings", "pipeline"]):
             for panel in ("settings", "pipeline"):
                 browser.value(f"setOpen('{panel}', {json.dumps(panel in panels)})")
             content, window = browser.value(width)
             name = " and ".join(panels) or "no panel"
             checks.that(content <= window == 360, f"360 pixels are wide enough, with {name} open", (content, window))
-            wide = browser.value(
-                "[...document.querySelectorAll('body *')].filter(one => one.checkVisibility() && !one.closest('pre, .out-of-sight')"
-                " && one.getBoundingClientRect().right > innerWidth + 1).map(one => one.id || one.className || one.tagName)"
-            )
+            wide = browser.value("""[...document.querySelectorAll('body *')]
+              .filter(one => one.checkVisibility() && !one.closest('pre, .out-of-sight'))
+              .filter(one => one.getBoundingClientRect().right > innerWidth + 1)
+              .map(one => one.id || one.className || one.tagName)""")
             checks.that(not wide, f"nothing stands out to the right, with {name} open", wide)
-            box = browser.value("(() => { const box = document.getElementById('message').getBoundingClientRect(); return [box.top, box.bottom]; })()")
+            box = "document.getElementById('message').getBoundingClientRect()"
+            box = browser.value(f"[{box}.top, {box}.bottom]")
             checks.that(0 <= box[0] < box[1] <= 640, f"the message can be seen, with {name} open", box)
         browser.value("setOpen('settings', false)")
         browser.size(1200, 800)
@@ -404,8 +424,8 @@ class Person:
           const one = document.querySelector(selector);
           let ground = one;
           while (/^rgba\\(.*, 0\\)$/.test(getComputedStyle(ground).backgroundColor)) ground = ground.parentElement;
-          const [high, low] = [light(getComputedStyle(one).color), light(getComputedStyle(ground).backgroundColor)].sort((a, b) => b - a);
-          return (high + 0.05) / (low + 0.05);
+          const text = light(getComputedStyle(one).color), behind = light(getComputedStyle(ground).backgroundColor);
+          return (Math.max(text, behind) + 0.05) / (Math.min(text, behind) + 0.05);
         })"""
         browser, checks = self.browser, self.checks
         grounds = []
@@ -413,7 +433,17 @@ class Person:
         for scheme in ("light", "dark"):
             browser.scheme(scheme)
             grounds.append(browser.value("getComputedStyle(document.body).backgroundColor"))
-            places = ("body", "#state-text", "#send", "#hint", "#new-chat", ".rank dt", "#rate", "#welcome p", ".trouble")
+            places = (
+                "body",
+                "#state-text",
+                "#send",
+                "#hint",
+                "#new-chat",
+                ".rank dt",
+                "#rate",
+                "#welcome p",
+                ".trouble",
+            )
             low = {place: found for place in places if (found := browser.value(f"{contrast}('{place}')")) < 4.5}
             checks.that(not low, f"all text can be read on its ground, {scheme}", low)
         checks.that(grounds[0] != grounds[1], "light and dark differ", grounds)
@@ -470,7 +500,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("url", help="address of the server, such as http://127.0.0.1:8080")
     parser.add_argument("--key", required=True, help="a key that the server knows")
-    parser.add_argument("--pictures", type=Path, metavar="FOLDER", help="write serve-light.png and serve-dark.png there")
+    parser.add_argument(
+        "--pictures", type=Path, metavar="FOLDER", help="write serve-light.png and serve-dark.png there"
+    )
     options = parser.parse_args()
     checks = Checks()
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as profile:
@@ -496,7 +528,9 @@ def main() -> int:
                 checks.section(name, step)
             if options.pictures:
                 browser.call("Page.reload")
-                wait_for("a ready page", lambda: browser.value("document.getElementById('dot')?.dataset.state") == "ready")
+                wait_for(
+                    "a ready page", lambda: browser.value("document.getElementById('dot')?.dataset.state") == "ready"
+                )
                 checks.section("pictures", lambda: take_pictures(person, options.pictures))
             checks.that(not browser.complaints, "there is no error on the console", browser.complaints)
             elsewhere = is_alone(browser, options.url)
