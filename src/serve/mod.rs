@@ -11,10 +11,10 @@
 //! | `connections.rs` | sockets: how many, how slow, how long idle |
 //! | `guard.rs` | who may ask: keys, hosts, origins |
 //! | `api.rs` | a request's way from its body to its answer |
-//! | `answers.rs` | [`Job`](answers::Job) and its events: what passes between HTTP and the loop |
+//! | `answers.rs` | `Job` and its events: what passes between HTTP and the loop |
 //! | `feed.rs` | [`HttpFeed`]: the loop's side of it |
 //! | `openai.rs` | the shapes of answers, whole and in pieces |
-//! | `tools.rs` | [`ToolParser`](tools::ToolParser): calls of tools in the text of an answer |
+//! | `tools.rs` | `ToolParser`: calls of tools in the text of an answer |
 //! | `life.rs` | loading, ready, draining, failed |
 //! | `status.rs` | what the pipeline is doing, for the page and `/metrics` |
 //! | `metrics.rs` | counters and histograms, as Prometheus reads them |
