@@ -15,7 +15,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from bench_common import PROGRAM, ROOT, checkpoint, mpi_command, run, spread
+import bench_ranks
+from bench_common import ROOT, checkpoint, mpi_command, run, spread
 from bench_others import least_disturbed, sentence, watched
 
 PROMPTS, PROMPT_TOKENS, ANSWER_TOKENS = 16, 128, 128
@@ -240,7 +241,7 @@ def demo_model() -> Path:
 
 def idle(model: Path, repeats: int) -> list[str]:
     """The third table: ranks that have loaded and wait for a first prompt."""
-    if not Path("/proc/self/stat").exists():
+    if not bench_ranks.are_known():
         return ["Idle ranks: not measured, for this system does not tell the time of a process in /proc."]
     shares, others = [], []
     for number in range(repeats):
@@ -273,10 +274,10 @@ def idle_per_cent(model: Path) -> list[float]:
         wait_until_loaded(started)
         too_late.cancel()
         time.sleep(1.0)  # what a start leaves to do
-        ranks = rank_processes(started.pid)
-        before, clock = [cpu_s(rank) for rank in ranks], time.monotonic()
+        ranks = bench_ranks.rank_processes(started.pid, IDLE_RANKS)
+        before, clock = [bench_ranks.cpu_s(rank) for rank in ranks], time.monotonic()
         time.sleep(IDLE_S)
-        after, passed = [cpu_s(rank) for rank in ranks], time.monotonic() - clock
+        after, passed = [bench_ranks.cpu_s(rank) for rank in ranks], time.monotonic() - clock
         return [100 * (late - early) / passed for early, late in zip(before, after)]
     finally:
         too_late.cancel()
@@ -293,39 +294,6 @@ def wait_until_loaded(started: subprocess.Popen) -> None:
         if loaded == IDLE_RANKS:
             return
     sys.exit(f"bench: {IDLE_RANKS} ranks ended before they had loaded:\n{''.join(told)}")
-
-
-def rank_processes(launcher: int) -> list[int]:
-    """Process ids of the launcher's children that are the program, in the order of their ranks."""
-    ranks = {}
-    for process in Path("/proc").glob("[0-9]*"):
-        try:
-            ours = (process / "exe").resolve() == PROGRAM.resolve() and parent(int(process.name)) == launcher
-            environment = (process / "environ").read_bytes() if ours else b""
-        except OSError:  # it has ended, or is somebody else's
-            continue
-        for variable in environment.split(b"\0"):
-            name, _, value = variable.partition(b"=")
-            if name == b"OMPI_COMM_WORLD_RANK":
-                ranks[int(value)] = int(process.name)
-    assert sorted(ranks) == list(range(IDLE_RANKS)), f"found the processes of ranks {sorted(ranks)}"
-    return [ranks[rank] for rank in sorted(ranks)]
-
-
-def stat(process: int) -> list[str]:
-    """What /proc says of a process, from its state on; its name before that may hold anything."""
-    return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
-
-
-def parent(process: int) -> int:
-    """The process that started this one."""
-    return int(stat(process)[1])
-
-
-def cpu_s(process: int) -> float:
-    """User and system time of all threads of a process."""
-    user, system = stat(process)[11:13]
-    return (int(user) + int(system)) / os.sysconf("SC_CLK_TCK")
 
 
 def yes(reached: bool) -> str:

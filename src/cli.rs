@@ -3,7 +3,8 @@
 use crate::plan::{LayerRanges, Strategy, TiedTable};
 use crate::request::{Format, Sampling};
 use crate::stage::{DeviceChoice, KernelChoice, Seat};
-use clap::{Args, Parser, Subcommand, ValueEnum};
+use clap::{Args, CommandFactory, FromArgMatches, Parser, Subcommand, ValueEnum};
+use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::sync::OnceLock;
 use std::time::Duration;
@@ -36,6 +37,8 @@ pub struct Cli {
 pub enum Command {
     /// Print the sharding plan and the memory report; needs no MPI and reads no weights
     Plan(PlanOptions),
+    /// Answer requests over HTTP as OpenAI's API does, until told to end; alone or under mpirun
+    Serve(Box<ServeOptions>),
     /// Look at all hosts and links before a run, under mpirun, with the run's options; reads no weights
     Doctor(Box<RunOptions>),
     /// Convert a GGUF file to an MLX checkpoint directory, tokenizer included
@@ -266,6 +269,91 @@ impl RunOptions {
     }
 }
 
+/// Options of `serve`.
+#[derive(Debug, Args)]
+pub struct ServeOptions {
+    /// Which model, how to cut it, how to run it.
+    #[command(flatten)]
+    pub run: RunOptions,
+
+    /// The server.
+    #[command(flatten)]
+    pub server: ServerOptions,
+}
+
+/// How to listen, whom to answer, and how much at a time.
+#[derive(Debug, Clone, Args)]
+#[command(next_help_heading = "Server")]
+pub struct ServerOptions {
+    /// Address and port to listen on, on rank 0's host; port 0 takes a free one
+    #[arg(long, value_name = "ADDRESS", default_value = "127.0.0.1:8080")]
+    pub addr: SocketAddr,
+
+    /// File with the keys that clients may send (`Authorization: Bearer KEY`), one a line [default: no key needed]
+    #[arg(long, value_name = "FILE")]
+    pub api_key_file: Option<PathBuf>,
+
+    /// Let web pages of this origin, such as http://localhost:3000, call the server; may be given several times
+    #[arg(long, value_name = "ORIGIN")]
+    pub cors_origin: Vec<String>,
+
+    /// Answer requests for this host name too; without a key, only addresses, localhost and this host's name are
+    /// answered [may be given several times]
+    #[arg(long, value_name = "NAME")]
+    pub allow_host: Vec<String>,
+
+    /// Seconds within which answers under way may end after the server was told to end
+    #[arg(long, value_name = "SECONDS", default_value_t = 30,
+          value_parser = clap::value_parser!(u64).range(..=86_400))]
+    pub drain_s: u64,
+
+    /// Most sequences that wait for their turn; more are refused with status 429
+    #[arg(long, value_name = "N", default_value_t = 256,
+          value_parser = clap::value_parser!(u32).range(..=65_536))]
+    pub max_queue: u32,
+
+    /// Most connections at a time; of more, the one idle longest is closed
+    #[arg(long, value_name = "N", default_value_t = 512,
+          value_parser = clap::value_parser!(u32).range(1..=65_536))]
+    pub max_connections: u32,
+
+    /// Largest request body
+    #[arg(long, value_name = "BYTES", default_value = "4MB", value_parser = parse_body_bytes)]
+    pub max_body: u64,
+
+    /// Seconds that a request's body may take to arrive
+    #[arg(long, value_name = "SECONDS", default_value_t = 30,
+          value_parser = clap::value_parser!(u64).range(1..=86_400))]
+    pub body_s: u64,
+
+    /// Seconds that a client may read nothing of an answer that is being sent to it
+    #[arg(long, value_name = "SECONDS", default_value_t = 30,
+          value_parser = clap::value_parser!(u64).range(1..=86_400))]
+    pub write_s: u64,
+
+    /// Seconds that a connection may be open until the head of a request, or of the next one, has arrived
+    #[arg(long, value_name = "SECONDS", default_value_t = 30,
+          value_parser = clap::value_parser!(u64).range(1..=86_400))]
+    pub idle_s: u64,
+}
+
+impl ServeOptions {
+    /// The first option given that only a run over standard input knows.
+    fn option_of_batches(&self) -> Option<&'static str> {
+        let run = &self.run;
+        let given = [
+            ("--raw", run.raw),
+            ("--format", !matches!(run.format, FormatName::Auto)),
+            ("--report", run.report.is_some()),
+            ("--trace", run.trace.is_some()),
+        ];
+        given
+            .iter()
+            .find(|(_, is_given)| *is_given)
+            .map(|(name, _)| *name)
+    }
+}
+
 /// How to sample, for requests that do not say it themselves.
 #[derive(Debug, Args)]
 #[command(next_help_heading = "Sampling (a JSON line's own fields come first)")]
@@ -334,6 +422,9 @@ impl SamplingOptions {
             top_k: self.top_k,
             min_p: self.min_p,
             repetition_penalty: self.repetition_penalty,
+            presence_penalty: 0.0,
+            frequency_penalty: 0.0,
+            logit_bias: Vec::new(),
             seed: None,
             stop: self.stop.clone(),
             logprobs: None,
@@ -419,8 +510,21 @@ impl From<FormatName> for Format {
 /// Parses and checks the command line. On an error, or for `--help`, rank 0 prints and every rank ends.
 pub fn parse() -> Cli {
     let rank = launched_rank();
-    let cli = Cli::try_parse().and_then(|cli| {
-        let checked = cli.run.sampling.defaults().validate();
+    let matches = command().try_get_matches();
+    let cli = matches.and_then(|matches| Cli::from_arg_matches(&matches));
+    let cli = cli.and_then(|cli| {
+        let serve = match &cli.command {
+            Some(Command::Serve(options)) => Some(options),
+            _ => None,
+        };
+        if let Some(option) = serve.and_then(|options| options.option_of_batches()) {
+            let message = format!(
+                "{option} does not go with serve: it is about prompts on standard input; leave it out\n"
+            );
+            return Err(clap::Error::raw(clap::error::ErrorKind::ArgumentConflict, message));
+        }
+        let sampling = serve.map_or(&cli.run.sampling, |options| &options.run.sampling);
+        let checked = sampling.defaults().validate();
         checked.map_err(|rejection| {
             // The fields of a request are named as in JSON, the options are not.
             let option = rejection.field.as_deref().unwrap_or_default();
@@ -439,6 +543,18 @@ pub fn parse() -> Cli {
         // A launcher kills the others as soon as one rank ends; the first must have spoken by then.
         std::thread::sleep(Duration::from_secs(1));
         std::process::exit(error.exit_code());
+    })
+}
+
+/// The command line; what `serve` refuses is not in its help.
+fn command() -> clap::Command {
+    let hide = |command: clap::Command, name: &'static str| {
+        command.mut_arg(name, |argument| argument.hide(true))
+    };
+    Cli::command().mut_subcommand("serve", |serve| {
+        ["raw", "format", "report", "trace"]
+            .into_iter()
+            .fold(serve, hide)
     })
 }
 
@@ -519,14 +635,24 @@ fn parse_bytes(text: &str) -> Result<u64, String> {
     }
 }
 
+/// Largest `--max-body`.
+const LARGEST_BODY_BYTES: u64 = 256_000_000;
+
+/// As [`parse_bytes`], up to 256 MB.
+fn parse_body_bytes(text: &str) -> Result<u64, String> {
+    match parse_bytes(text)? {
+        bytes @ ..=LARGEST_BODY_BYTES => Ok(bytes),
+        _ => Err(format!("expected at most 256MB, found \"{text}\"")),
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
-    use clap::CommandFactory;
 
     #[test]
     fn the_command_line_is_consistent() {
-        Cli::command().debug_assert();
+        command().debug_assert();
     }
 
     #[test]

@@ -8,7 +8,7 @@
 //!    [`agree`] makes sure that it is alike.
 //! 3. [`stage::Stage`] loads this rank's slice of the [`checkpoint`] through [`model`]; [`mod@slice`] knows where from, and
 //!    [`handover`] carries it ([`parcel`]) from a rank that has the model to one that has not.
-//! 4. [`prompts`] reads [`request`]s, a [`tokenizer`] and a [`sequence`] turn them into token ids.
+//! 4. [`prompts`] reads [`request`]s, or [`serve`] takes them over HTTP, a [`tokenizer`] and a [`sequence`] turn them into token ids.
 //! 5. [`schedule`] puts tokens of several sequences into steps, within [`limits`]; [`wire`] makes bytes of them,
 //!    [`transport`] carries these, also while a rank computes ([`meanwhile`]), and [`pipeline`] is the loop around:
 //!    receive, compute, send.
@@ -48,6 +48,7 @@ pub mod request;
 pub mod sampler;
 pub mod schedule;
 pub mod sequence;
+pub mod serve;
 pub mod session;
 pub mod slice;
 pub mod stage;

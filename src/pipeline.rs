@@ -15,6 +15,7 @@ use crate::wait::{self, Patience};
 use crate::wire::{self, Frame, Load, Sampled, SampledToken, Step};
 use anyhow::{Context, Result, bail, ensure};
 use std::collections::{HashMap, VecDeque};
+use std::thread;
 use std::time::{Duration, Instant};
 use tracing::debug;
 
@@ -62,6 +63,20 @@ pub trait Feed {
     /// Takes the next token of a sequence, by its [`Prompt::key`].
     fn token(&mut self, key: u64, token: SampledToken) -> Result<Then>;
 
+    /// The key of a sequence that nobody waits for any more; of each once. No token of it is told after that.
+    fn next_cancelled(&mut self) -> Option<u64> {
+        None
+    }
+
+    /// Is told with every step how many sequences have begun and not ended, and how many tokens of prompts went into
+    /// steps so far.
+    fn runs(&mut self, _sequences: usize, _prompt_tokens: u64) {}
+
+    /// Lets up to so much time pass in which there is nothing to do; returns early if something has come.
+    fn rest(&mut self, pause: Duration) {
+        thread::sleep(pause);
+    }
+
     /// Whether somebody wants to see how busy the ranks are.
     fn is_watched(&self) -> bool {
         false
@@ -76,6 +91,8 @@ pub trait Feed {
 pub struct Seen {
     /// Sequences that have begun and not ended.
     pub sequences: usize,
+    /// Tokens that the caches of these have room for.
+    pub kv_tokens: usize,
     /// Time in which there was something to do, so far.
     pub active: Duration,
     /// What each rank has spent, so far.
@@ -169,8 +186,9 @@ impl<T: Transport, C: Compute> Worker<T, C> {
         };
         loop {
             let began = Instant::now();
+            leading.cancel();
             let has_admitted = leading.admit()?;
-            let is_idle = leading.schedule.is_idle();
+            let is_idle = leading.is_idle();
             if leading.is_done && is_idle {
                 return self.end();
             }
@@ -211,8 +229,11 @@ impl<T: Transport, C: Compute> Worker<T, C> {
                     count * self.rows.row_bytes()
                 );
             }
-            leading.rows.entry(slot).or_default().extend(rows);
-            leading.schedule.rows_came(slot, count);
+            // Those of a sequence that was cancelled meanwhile are of no use.
+            if leading.schedule.key(slot).is_some() {
+                leading.rows.entry(slot).or_default().extend(rows);
+                leading.schedule.rows_came(slot, count);
+            }
             has_rows = true;
         }
         Ok(has_rows)
@@ -223,8 +244,11 @@ impl<T: Transport, C: Compute> Worker<T, C> {
         let Some(mut step) = leading.schedule.next_step() else {
             return Ok(false);
         };
-        let most_sequences = &mut self.counters.most_sequences;
-        *most_sequences = leading.schedule.sequences().max(*most_sequences);
+        let sequences = leading.schedule.sequences();
+        self.counters.most_sequences = sequences.max(self.counters.most_sequences);
+        leading
+            .feed
+            .runs(sequences, leading.schedule.prompt_tokens());
         if leading.feed.is_watched() && leading.watched.elapsed() > WATCH_EVERY {
             leading.watched = Instant::now();
             step.loads = Some(Vec::new());
@@ -299,10 +323,11 @@ impl<T: Transport, C: Compute> Worker<T, C> {
 
     /// Lets time pass in which there is nothing to do.
     fn pause<F: Feed>(&mut self, leading: &mut Leading<F>, limit: Duration) -> Result<()> {
-        let patience = &mut leading.patience;
-        if leading.schedule.is_idle() {
-            return Ok(patience.pause()?);
+        if leading.is_idle() {
+            let feed = &mut *leading.feed;
+            return Ok(leading.patience.pause_by(|pause| feed.rest(pause))?);
         }
+        let patience = &mut leading.patience;
         if patience.elapsed() > limit {
             let what = match leading.unanswered.front() {
                 Some(step) => format!("step {}", step.number),
@@ -470,6 +495,20 @@ impl<T: Transport, C: Compute> Worker<T, C> {
 }
 
 impl<F: Feed> Leading<'_, F> {
+    /// Whether nothing waits, nothing is under way and nothing is to come back.
+    fn is_idle(&self) -> bool {
+        self.schedule.is_idle() && self.unanswered.is_empty() && self.questions.is_empty()
+    }
+
+    /// Gives up the sequences that nobody waits for any more.
+    fn cancel(&mut self) {
+        while let Some(key) = self.feed.next_cancelled() {
+            if let Some(slot) = self.schedule.cancel(key) {
+                self.rows.remove(&slot);
+            }
+        }
+    }
+
     /// Brings prompts in as long as there is room for them; whether any came.
     fn admit(&mut self) -> Result<bool> {
         let mut has_admitted = false;
@@ -493,9 +532,12 @@ impl<F: Feed> Leading<'_, F> {
     ) -> Result<()> {
         for ((entry, _), token) in step.sampled().zip(tokens) {
             let slot = entry.slot;
+            let (id, row) = (token.token, rows.next());
+            if self.schedule.is_unwanted(slot) {
+                continue;
+            }
             let key = self.schedule.key(slot);
             let key = key.context("a token came for no sequence")?;
-            let (id, row) = (token.token, rows.next());
             match self.feed.token(key, token)? {
                 Then::Continue => {
                     if let Some(row) = row {
@@ -516,6 +558,7 @@ impl<F: Feed> Leading<'_, F> {
     fn show(&mut self, active: Duration, loads: Vec<Load>) {
         self.feed.watch(Seen {
             sequences: self.schedule.sequences(),
+            kv_tokens: self.schedule.kv_tokens(),
             active,
             loads,
         });

@@ -36,6 +36,7 @@ impl Counters {
             busy_us: us(self.busy),
             wait_us: us(self.wait),
             wire_us: us(self.wire),
+            sent_bytes: self.sent_bytes,
         }
     }
 }
@@ -335,7 +336,10 @@ impl Report<'_> {
         if tally.answered > 0 {
             lines.extend(self.pace_lines());
         }
-        lines.push(format!("digest {}", self.written.digest));
+        // A server's answers have no order that would give them one.
+        if !self.written.digest.is_empty() {
+            lines.push(format!("digest {}", self.written.digest));
+        }
         lines.join("\n") + "\n"
     }
 

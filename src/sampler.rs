@@ -1,15 +1,15 @@
 //! Logits to a token, on the last rank. The same logits, parameters and position give the same token
 //! on any number of ranks: random numbers are a function of (seed, position), not a stream with state.
 //!
-//! Order: repetition penalty, temperature, top-k, top-p, min-p, then one draw. Equal logits are
-//! ordered by token id, so that no sort can decide.
+//! Order: repetition penalty, bias with presence and frequency penalty, temperature, top-k, top-p, min-p, then one
+//! draw. Equal logits are ordered by token id, so that no sort can decide.
 //!
 //! All ranks wait for this, so the logits are sorted only as far down as the draw looks, and never
 //! copied as a whole. Float operations have a fixed order: weights are added best first, but those of
 //! the whole vocabulary as `Penalized::total` says.
 
 use crate::wire::{SampleParams, SampledToken, Step, Upkeep};
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::f64::consts::LOG2_E;
 
 /// Tokens read at a time: 4 KiB of logits, which stay in the first-level cache.
@@ -86,11 +86,12 @@ impl Sampler {
     }
 }
 
-/// Picks the token that follows `history` (prompt and answer so far; the penalty looks at all of it).
+/// Picks the token that follows `history` (prompt and answer so far; the repetition penalty looks at all of it, those
+/// for presence and frequency at the answer).
 ///
 /// `logits`: one f32 for every token of the vocabulary, none of them NaN (the stage sees to that).
 pub fn sample(logits: &[f32], params: &SampleParams, history: &[u32]) -> SampledToken {
-    let penalized = Penalized::new(logits, params.repetition_penalty, history);
+    let penalized = Penalized::new(logits, params, history);
     let token = if params.temperature == 0.0 {
         penalized.best().map_or(0, |(token, _)| token)
     } else {
@@ -108,16 +109,20 @@ pub fn sample(logits: &[f32], params: &SampleParams, history: &[u32]) -> Sampled
     }
 }
 
-/// Logits under the penalty of Keskar et al. 2019 (CTRL): tokens already seen lose, once each.
+/// Logits under the penalty of Keskar et al. 2019 (CTRL): tokens already seen lose, once each. And under the biases and
+/// the penalties of OpenAI's API, which are added.
 struct Penalized<'a> {
     logits: &'a [f32],
     penalty: f32,
     /// A bit for every token, set where it was seen; empty where there is no penalty.
     seen: Vec<[u64; BLOCK / 64]>,
+    /// What is added to the logits of these tokens, which are in order.
+    added: Vec<(u32, f32)>,
 }
 
 impl<'a> Penalized<'a> {
-    fn new(logits: &'a [f32], penalty: f32, history: &[u32]) -> Self {
+    fn new(logits: &'a [f32], params: &SampleParams, history: &[u32]) -> Self {
+        let penalty = params.repetition_penalty;
         let mut seen = Vec::new();
         if penalty != 1.0 {
             seen.resize(logits.len().div_ceil(BLOCK), [0; BLOCK / 64]);
@@ -131,26 +136,44 @@ impl<'a> Penalized<'a> {
             logits,
             penalty,
             seen,
+            added: added(params, history),
         }
     }
 
     fn unpenalized(logits: &'a [f32]) -> Self {
-        Self::new(logits, 1.0, &[])
+        Self {
+            logits,
+            penalty: 1.0,
+            seen: Vec::new(),
+            added: Vec::new(),
+        }
     }
 
     /// Shows all logits in the order of their tokens, `BLOCK` at a time, with the first one's token.
     fn for_each_block(&self, mut visit: impl FnMut(u32, &[f32])) {
         let mut buffer = [0.0; BLOCK];
+        let mut added = self.added.as_slice();
         for (index, mut block) in self.logits.chunks(BLOCK).enumerate() {
-            if let Some(seen) = self.seen.get(index)
-                && *seen != [0; BLOCK / 64]
-            {
+            let first = index * BLOCK;
+            let end = added.partition_point(|&(token, _)| (token as usize) < first + block.len());
+            let (here, later) = added.split_at(end);
+            added = later;
+            let seen = self
+                .seen
+                .get(index)
+                .filter(|seen| **seen != [0; BLOCK / 64]);
+            if seen.is_some() || !here.is_empty() {
                 let copy = &mut buffer[..block.len()];
                 copy.copy_from_slice(block);
-                penalize(copy, seen, self.penalty);
+                if let Some(seen) = seen {
+                    penalize(copy, seen, self.penalty);
+                }
+                for &(token, bias) in here {
+                    copy[token as usize - first] += bias;
+                }
                 block = copy;
             }
-            visit((index * BLOCK) as u32, block);
+            visit(first as u32, block);
         }
     }
 
@@ -217,6 +240,24 @@ impl<'a> Penalized<'a> {
         self.for_each_block(|_, block| lanes = weights.add(lanes, block));
         lanes.iter().sum()
     }
+}
+
+/// What is added to logits: the bias, less the penalties of the tokens that the answer has. In the order of tokens.
+fn added(params: &SampleParams, history: &[u32]) -> Vec<(u32, f32)> {
+    let (presence, frequency) = (params.presence_penalty, params.frequency_penalty);
+    if presence == 0.0 && frequency == 0.0 {
+        return params.logit_bias.clone();
+    }
+    let mut counts: BTreeMap<u32, u32> = BTreeMap::new();
+    let answer = history.get(params.prompt_tokens as usize..);
+    for &token in answer.unwrap_or_default() {
+        *counts.entry(token).or_default() += 1;
+    }
+    let mut added: BTreeMap<u32, f32> = params.logit_bias.iter().copied().collect();
+    for (token, count) in counts {
+        *added.entry(token).or_default() -= presence + frequency * count as f32;
+    }
+    added.into_iter().collect()
 }
 
 fn penalize(block: &mut [f32], seen: &[u64; BLOCK / 64], penalty: f32) {

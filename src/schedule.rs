@@ -12,7 +12,7 @@ mod sequence;
 use crate::wire::{Entry, Fork, SampleParams, Step, Upkeep};
 use blocks::Blocks;
 use sequence::{Sequence, Source};
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::{BTreeMap, HashSet, VecDeque};
 
 pub use blocks::BLOCK_TOKENS;
 
@@ -89,6 +89,10 @@ pub struct Schedule {
     /// Ended; their caches are kept for prompts that begin alike, and dropped when room is needed. Oldest first.
     ended: VecDeque<(u32, Sequence)>,
     blocks: Blocks,
+    /// Cancelled while a token of theirs was on its way.
+    unwanted: HashSet<u32>,
+    /// Tokens of prompts that went into steps, so far.
+    prompt_tokens: u64,
     /// For the next step, in the order in which it was decided.
     upkeep: Vec<Upkeep>,
 }
@@ -116,6 +120,8 @@ impl Schedule {
             ready: VecDeque::new(),
             ended: VecDeque::new(),
             blocks: Blocks::new(limits.kv_blocks),
+            unwanted: HashSet::new(),
+            prompt_tokens: 0,
             upkeep: Vec::new(),
         }
     }
@@ -143,6 +149,17 @@ impl Schedule {
     /// Sequences that have begun and not ended.
     pub fn sequences(&self) -> usize {
         self.live.len()
+    }
+
+    /// Tokens that the caches of the sequences that have begun and not ended have room for; what they share counts once.
+    pub fn kv_tokens(&self) -> usize {
+        let live = self.live.values().flat_map(|one| &one.blocks);
+        (self.limits.kv_blocks - self.blocks.left_by(live)) * BLOCK_TOKENS
+    }
+
+    /// Tokens of prompts that went into steps, so far; those that were in a cache already do not count.
+    pub fn prompt_tokens(&self) -> u64 {
+        self.prompt_tokens
     }
 
     /// The next step to compute, if one should be computed now.
@@ -211,6 +228,28 @@ impl Schedule {
         }
     }
 
+    /// Nobody waits for this sequence any more, wherever it stands. Its slot, if it has begun; a token of it that is still
+    /// on its way is [unwanted](Self::is_unwanted). Its cache is kept as that of a sequence that is done.
+    pub fn cancel(&mut self, key: u64) -> Option<u32> {
+        if let Some(index) = self.waiting.iter().position(|prompt| prompt.key == key) {
+            self.waiting.remove(index);
+            self.has_changed = true;
+            return None;
+        }
+        let (&slot, sequence) = self.live.iter().find(|(_, one)| one.key == key)?;
+        if sequence.awaits_token() {
+            self.unwanted.insert(slot);
+        }
+        self.ready.retain(|&other| other != slot);
+        self.finish(slot);
+        Some(slot)
+    }
+
+    /// Whether the token that has come for this slot is that of a cancelled sequence. It comes once.
+    pub fn is_unwanted(&mut self, slot: u32) -> bool {
+        self.unwanted.remove(&slot)
+    }
+
     /// Rows of prompts that rank 0 should ask for now: slots and tokens, in the order in which they are needed.
     /// Those of the oldest prompts, for two steps together, so that neither the ranks nor the way between them are
     /// filled with what is not needed yet.
@@ -266,6 +305,7 @@ impl Schedule {
             let count = sequence.next_chunk().min(budget);
             if count > 0 {
                 entries.push(sequence.launch(slot, count));
+                self.prompt_tokens += count as u64;
                 budget -= count;
             }
             if budget == 0 {
@@ -386,7 +426,10 @@ impl Schedule {
     fn drop_ended(&mut self, index: usize) {
         if let Some((slot, sequence)) = self.ended.remove(index) {
             self.blocks.give_back(&sequence.blocks);
-            self.upkeep.push(Upkeep::Release(slot));
+            // The ranks know of no slot that nothing was computed for.
+            if sequence.launched > 0 {
+                self.upkeep.push(Upkeep::Release(slot));
+            }
         }
     }
 }

@@ -67,6 +67,7 @@ impl<'r> Sequence<'r> {
         let refuse = |rejection| Box::new(LineError::for_request(&request, rejection));
         let prompt = tokenize(&request, rules).map_err(refuse)?;
         check_prompt(&prompt, rules).map_err(refuse)?;
+        check_bias(&request, rules).map_err(refuse)?;
         let sampling = &request.sampling;
         let params = SampleParams {
             temperature: sampling.temperature,
@@ -74,6 +75,10 @@ impl<'r> Sequence<'r> {
             top_k: sampling.top_k,
             min_p: sampling.min_p,
             repetition_penalty: sampling.repetition_penalty,
+            presence_penalty: sampling.presence_penalty,
+            frequency_penalty: sampling.frequency_penalty,
+            prompt_tokens: prompt.len() as u32,
+            logit_bias: sampling.logit_bias.clone(),
             // Equal prompts of one file must not get equal answers, unless a seed was asked for.
             seed: sampling
                 .seed
@@ -152,6 +157,11 @@ impl<'r> Sequence<'r> {
         &self.text
     }
 
+    /// What is known of the last token, if that was asked for.
+    pub fn last_logprob(&self) -> Option<&TokenLogprob> {
+        self.logprobs.last()
+    }
+
     /// Tokens of the prompt.
     pub fn prompt_tokens(&self) -> usize {
         self.prompt_tokens
@@ -212,16 +222,28 @@ fn tokenize(request: &Request, rules: &Rules) -> Result<Vec<u32>, Rejection> {
     }
 }
 
+fn check_bias(request: &Request, rules: &Rules) -> Result<(), Rejection> {
+    // The last is the largest.
+    match request.sampling.logit_bias.last() {
+        Some(&(id, _)) if id as usize >= rules.vocab_size => Err(outside("logit_bias", id, rules)),
+        _ => Ok(()),
+    }
+}
+
+fn outside(field: &str, id: u32, rules: &Rules) -> Rejection {
+    Rejection::of_field(
+        RejectionCode::TokenOutOfVocabulary,
+        field,
+        format!(
+            "token id {id} is outside the model's vocabulary of {} tokens",
+            rules.vocab_size
+        ),
+    )
+}
+
 fn check_prompt(prompt: &[u32], rules: &Rules) -> Result<(), Rejection> {
     if let Some(id) = prompt.iter().find(|&&id| id as usize >= rules.vocab_size) {
-        return Err(Rejection::of_field(
-            RejectionCode::TokenOutOfVocabulary,
-            "prompt",
-            format!(
-                "token id {id} is outside the model's vocabulary of {} tokens",
-                rules.vocab_size
-            ),
-        ));
+        return Err(outside("prompt", *id, rules));
     }
     if prompt.len() >= rules.context_tokens {
         return Err(Rejection::of_field(

@@ -4,7 +4,7 @@
 use crate::agree::{self, Failure, KnownTo, Usage};
 use crate::calibrate;
 use crate::checkpoint::Consumed;
-use crate::cli::{self, RunOptions};
+use crate::cli::{self, RunOptions, ServerOptions};
 use crate::cores;
 use crate::cost_store::CostStore;
 use crate::handover;
@@ -22,28 +22,46 @@ use crate::report::{self, Measured, RankReport, Report};
 use crate::request::{AnswerWriter, Identity, Tally, WriteError, Written};
 use crate::schedule::{BLOCK_TOKENS, Limits, PromptRows, Schedule};
 use crate::sequence::Rules;
+use crate::serve::{About, RankAbout, Server};
 use crate::slice::{Loaded, Slice};
 use crate::stage::{self, CoreShare, Stage};
 use crate::tokenizer::{Tokenizer, TokenizerError};
 use crate::trace::{self, RankTrace, Recorder};
 use crate::transport::{self, MpiTransport, Transport};
-use crate::wait::{self, Interrupted};
+use crate::wait::{self, Interrupted, Signals};
 use anyhow::{Context, Result, anyhow, bail};
 use std::fs::File;
 use std::io::BufWriter;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::{Instant, SystemTime, UNIX_EPOCH};
 use tracing::{info, warn};
 
-/// Generates for every prompt on standard input. Returns the exit status of the program.
-pub fn run(options: &RunOptions) -> u8 {
+/// Generates for every prompt on standard input, or for every request to the server that is asked for. Returns the
+/// exit status of the program.
+pub fn run(options: &RunOptions, server_options: Option<&ServerOptions>) -> u8 {
     let (mut transport, started) = match join(options.verbose) {
         Ok(joined) => joined,
         Err(status) => return status,
     };
-    match generate(options, &mut transport, started) {
+    if server_options.is_some() && transport.rank() > 0 {
+        wait::take_signals_as(Signals::EndButUsr1);
+    }
+    let mut server = None;
+    let done = generate(
+        options,
+        server_options,
+        &mut server,
+        &mut transport,
+        started,
+    );
+    match done {
         Ok(status) => status,
-        Err(failure) => end(failure, transport.rank()),
+        Err(failure) => {
+            if let Some(server) = &mut server {
+                server.fail();
+            }
+            end(failure, transport.rank())
+        }
     }
 }
 
@@ -65,11 +83,18 @@ pub fn join(verbose: u8) -> Result<(MpiTransport, Instant), u8> {
 /// The route of a run.
 fn generate(
     options: &RunOptions,
+    server_options: Option<&ServerOptions>,
+    server: &mut Option<Server>,
     transport: &mut MpiTransport,
     started: Instant,
 ) -> Result<u8, Failure> {
     let rank = transport.rank();
     let cluster = Cluster::meet(options, transport)?;
+    if let Some(server_options) = server_options {
+        let started = (rank == 0).then(|| Server::start(server_options, now_s()));
+        let started = started.transpose().map_err(Usage::of);
+        *server = agree::all_succeeded(transport, started)?;
+    }
     let files = open_model(options, &cluster, transport)?;
     compare_files(&cluster, &files, transport)?;
     let measuring = Instant::now();
@@ -98,13 +123,20 @@ fn generate(
     if options.trace.is_some() {
         worker.trace = Some(Recorder::start(&mut worker.transport)?);
     }
-    let outcome = match &rules {
-        Some(rules) => Some(lead(options, &cluster, rules, limits, &mut worker)?),
-        None => {
+    let outcome = match (rules, &server) {
+        (None, _) => {
             worker.follow()?;
             None
         }
+        (Some(rules), None) => Some(lead(options, &cluster, &rules, limits, &mut worker)?),
+        (Some(rules), Some(server)) => {
+            let about = about(&cluster, &plan, &limits, options.model.memory_limit)?;
+            Some(serve(options, server, rules, about, limits, &mut worker)?)
+        }
     };
+    if let Some(server) = server {
+        server.finish();
+    }
     let (counters, trace) = (worker.counters, worker.trace.take());
     report = report.with_counters(counters);
     report.peak_rss_bytes = report::peak_rss_bytes();
@@ -123,7 +155,10 @@ fn generate(
                 prefill_chunk: limits.step_tokens as u64,
             };
             publish(options, &report)?;
-            exit_status(report.written.tally)
+            match server_options {
+                None => exit_status(report.written.tally),
+                Some(_) => 0,
+            }
         }
     };
     write_trace(options, &cluster, trace, transport)?;
@@ -417,6 +452,59 @@ fn lead(
     let mut schedule = Schedule::new(limits);
     worker.lead(&mut schedule, &mut prompts, options.step_limit())?;
     prompts.finish()
+}
+
+/// The same for a server: requests come and are answered until it is told to end.
+fn serve(
+    options: &RunOptions,
+    server: &Server,
+    rules: Rules,
+    about: About,
+    limits: Limits,
+    worker: &mut Worker<&mut MpiTransport, Stage>,
+) -> Result<(Written, Measured)> {
+    wait::take_signals_as(match cli::is_launched() {
+        true => Signals::DrainUnlessLauncher,
+        false => Signals::Drain,
+    });
+    let mut feed = server.ready(rules, options.sampling.defaults(), about);
+    let mut schedule = Schedule::new(limits);
+    worker.lead(&mut schedule, &mut feed, options.step_limit())?;
+    let (tally, measured) = feed.finish();
+    let digest = String::new();
+    Ok((Written { tally, digest }, measured))
+}
+
+/// What the server tells of the pipeline.
+fn about(
+    cluster: &Cluster,
+    plan: &Plan,
+    limits: &Limits,
+    memory_limit: Option<u64>,
+) -> Result<About> {
+    let devices = cluster.devices()?;
+    let ranks = plan.stages.iter().zip(&cluster.ranks).zip(devices);
+    let ranks = ranks.map(|((stage, place), device)| RankAbout {
+        host: place.host().to_owned(),
+        device: place.device.clone(),
+        layers: stage.layers.clone(),
+        has_embedding: stage.role.owns_embedding(),
+        has_head: stage.role.owns_head(),
+        weight_bytes: stage.footprint.weights_bytes(),
+        cache_bytes: stage.footprint.kv_bytes,
+        memory_limit_bytes: Some(device.plan_device(memory_limit).memory_limit_bytes),
+    });
+    // Where the model lies on this host is no client's business.
+    let dir = Path::new(&cluster.model);
+    let name = dir.file_name().filter(|_| dir.is_dir());
+    let name = name.map(|name| name.to_string_lossy().into_owned());
+    Ok(About {
+        model: name.unwrap_or_else(|| cluster.model.clone()),
+        fingerprint: format!("fp_{:.12}", plan.fingerprint_hex()),
+        ranks: ranks.collect(),
+        sequences: limits.sequences,
+        kv_total_tokens: limits.kv_blocks * BLOCK_TOKENS,
+    })
 }
 
 /// Seconds since 1970.

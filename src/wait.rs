@@ -7,7 +7,7 @@ use crate::log::tell;
 use anyhow::{Result, bail};
 use signal_hook::iterator::SignalsInfo;
 use signal_hook::iterator::exfiltrator::WithOrigin;
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU8, AtomicUsize, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -24,10 +24,54 @@ const IDLE_PAUSE: Duration = Duration::from_millis(5);
 /// When a wait counts as idle.
 const IDLE_AFTER: Duration = Duration::from_millis(500);
 
+/// What signals do: one of [`Signals`], as a number.
+static MEANING: AtomicU8 = AtomicU8::new(Signals::End as u8);
+/// Whether a signal has asked for an end in order.
+static IS_DRAINING: AtomicBool = AtomicBool::new(false);
 /// The signal that asked this process to end; 0 for none.
 static SIGNAL: AtomicUsize = AtomicUsize::new(0);
 /// Whether it was sent by the parent process, which under `mpirun` is the launcher.
 static FROM_PARENT: AtomicBool = AtomicBool::new(false);
+
+/// What SIGINT, SIGTERM and SIGUSR1 mean to this process.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[repr(u8)]
+pub enum Signals {
+    /// Each of them ends every wait.
+    End,
+    /// SIGUSR1 means nothing: it is another rank's business.
+    EndButUsr1,
+    /// The first asks for an end in order ([`is_draining`]), the second ends every wait.
+    Drain,
+    /// The same, but SIGINT and SIGTERM of the parent process end every wait: a launcher that sends them kills
+    /// soon after.
+    DrainUnlessLauncher,
+}
+
+/// Says what signals mean from now on; before that, [`Signals::End`].
+pub fn take_signals_as(meaning: Signals) {
+    MEANING.store(meaning as u8, Ordering::SeqCst);
+}
+
+/// Whether a signal has asked for an end in order.
+pub fn is_draining() -> bool {
+    IS_DRAINING.load(Ordering::SeqCst)
+}
+
+/// Whether a signal does not end every wait: it is the first that asks for an end in order, or means nothing.
+fn is_no_end(signal: i32, from_parent: bool) -> bool {
+    let meaning = MEANING.load(Ordering::SeqCst);
+    let is = |other: Signals| meaning == other as u8;
+    let is_usr1 = signal == signal_hook::consts::SIGUSR1;
+    match is_usr1 {
+        true if is(Signals::EndButUsr1) => true,
+        false if is(Signals::DrainUnlessLauncher) && from_parent => false,
+        _ if is(Signals::Drain) || is(Signals::DrainUnlessLauncher) => {
+            signal != signal_hook::consts::SIGHUP && !IS_DRAINING.swap(true, Ordering::SeqCst)
+        }
+        _ => false,
+    }
+}
 
 /// This process was asked to end.
 #[derive(Debug, thiserror::Error)]
@@ -43,22 +87,26 @@ pub struct Interrupted {
 /// How long a rank may go on computing after it was asked to end.
 const END_WITHIN: Duration = Duration::from_secs(3);
 
-/// Makes Ctrl-C, SIGTERM and SIGHUP end every wait with [`Interrupted`]. A rank that is in the middle of a
+/// Makes Ctrl-C, SIGTERM, SIGHUP and SIGUSR1 end every wait with [`Interrupted`], unless [`take_signals_as`] says otherwise. A rank that is in the middle of a
 /// long computation is ended by force after three seconds, or at the second signal; its launcher then
 /// ends the others.
 ///
 /// # Errors
 /// The system refuses a handler.
 pub fn end_on_signals() -> Result<()> {
-    use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
-    let mut signals = SignalsInfo::<WithOrigin>::new([SIGINT, SIGTERM, SIGHUP])?;
+    use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM, SIGUSR1};
+    let mut signals = SignalsInfo::<WithOrigin>::new([SIGINT, SIGTERM, SIGHUP, SIGUSR1])?;
     thread::spawn(move || {
         for origin in signals.forever() {
             let sender = origin.process.map(|process| process.pid);
             // SAFETY: `getppid` has no preconditions.
             let parent = unsafe { libc::getppid() };
-            FROM_PARENT.store(sender == Some(parent), Ordering::SeqCst);
+            let from_parent = sender == Some(parent);
             let signal = origin.signal;
+            if is_no_end(signal, from_parent) {
+                continue;
+            }
+            FROM_PARENT.store(from_parent, Ordering::SeqCst);
             if SIGNAL.swap(signal as usize, Ordering::SeqCst) != 0 {
                 end_now(128 + signal);
             }
@@ -136,11 +184,19 @@ impl Patience {
     /// # Errors
     /// [`Interrupted`] once a signal came.
     pub fn pause(&mut self) -> Result<(), Interrupted> {
+        self.pause_by(thread::sleep)
+    }
+
+    /// As [`Self::pause`]; long pauses are made by `sleep`, which may return early.
+    ///
+    /// # Errors
+    /// [`Interrupted`] once a signal came.
+    pub fn pause_by(&mut self, sleep: impl FnOnce(Duration)) -> Result<(), Interrupted> {
         let longest = match self.elapsed() > IDLE_AFTER {
             true => IDLE_PAUSE,
             false => LONGEST_PAUSE,
         };
-        self.pause_up_to(longest)
+        self.pause_up_to(longest, sleep)
     }
 
     /// As [`Self::pause`] while an answer is known to be due: never long, however long it takes.
@@ -148,10 +204,14 @@ impl Patience {
     /// # Errors
     /// [`Interrupted`] once a signal came.
     pub fn pause_for_answer(&mut self) -> Result<(), Interrupted> {
-        self.pause_up_to(LONGEST_PAUSE)
+        self.pause_up_to(LONGEST_PAUSE, thread::sleep)
     }
 
-    fn pause_up_to(&mut self, longest: Duration) -> Result<(), Interrupted> {
+    fn pause_up_to(
+        &mut self,
+        longest: Duration,
+        sleep: impl FnOnce(Duration),
+    ) -> Result<(), Interrupted> {
         self.polls = self.polls.saturating_add(1);
         check_signals()?;
         if self.polls < EAGER_POLLS {
@@ -159,7 +219,7 @@ impl Patience {
         } else if self.polls < 2 * EAGER_POLLS {
             thread::yield_now();
         } else {
-            thread::sleep(pause_after(self.elapsed(), longest));
+            sleep(pause_after(self.elapsed(), longest));
         }
         Ok(())
     }

@@ -7,7 +7,7 @@
 use std::mem::size_of;
 
 /// Raised when a byte of the format, or of [`crate::parcel`]'s, changes; ranks compare it before they load anything.
-pub const PROTOCOL_VERSION: u16 = 4;
+pub const PROTOCOL_VERSION: u16 = 5;
 
 const MAGIC: [u8; 4] = *b"MXPS";
 const KIND_STEP: u8 = 1;
@@ -17,6 +17,9 @@ const UPKEEP_RELEASE: u8 = 1;
 const UPKEEP_FORK: u8 = 2;
 /// Bytes of the shortest upkeep.
 const UPKEEP_BYTES: usize = 5;
+
+/// Bytes of one token's bias.
+const BIAS_BYTES: usize = 8;
 
 /// Why a frame was refused.
 #[derive(Debug, thiserror::Error, PartialEq)]
@@ -38,7 +41,7 @@ pub enum WireError {
 }
 
 /// How the last rank picks a token. Stands in the step, so that the last rank keeps no state.
-#[derive(Debug, Clone, Copy, PartialEq)]
+#[derive(Debug, Clone, PartialEq)]
 pub struct SampleParams {
     /// 0 takes the most likely token.
     pub temperature: f32,
@@ -50,6 +53,14 @@ pub struct SampleParams {
     pub min_p: f32,
     /// Divides the positive logits of tokens already in the sequence, multiplies the negative; 1 is off.
     pub repetition_penalty: f32,
+    /// Taken off the logit of every token that is in the answer; 0 is off.
+    pub presence_penalty: f32,
+    /// Taken off the logit of a token for each time that it is in the answer; 0 is off.
+    pub frequency_penalty: f32,
+    /// Tokens of the prompt: where the answer begins.
+    pub prompt_tokens: u32,
+    /// Added to the logits of these tokens; ordered by token, each once.
+    pub logit_bias: Vec<(u32, f32)>,
     /// Key of the random numbers of this sequence.
     pub seed: u64,
     /// `None`: no logprobs. `Some(k)`: the token's own, and those of the `k` most likely.
@@ -64,6 +75,10 @@ impl SampleParams {
         top_k: 0,
         min_p: 0.0,
         repetition_penalty: 1.0,
+        presence_penalty: 0.0,
+        frequency_penalty: 0.0,
+        prompt_tokens: 0,
+        logit_bias: Vec::new(),
         seed: 0,
         logprobs: None,
     };
@@ -107,7 +122,7 @@ pub enum Upkeep {
     Fork(Fork),
 }
 
-/// What a rank has spent its time on, in microseconds since its loop began.
+/// What a rank has spent its time on, in microseconds since its loop began, and what it has sent.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct Load {
     /// Computing.
@@ -116,6 +131,8 @@ pub struct Load {
     pub wait_us: u64,
     /// Handing messages to MPI.
     pub wire_us: u64,
+    /// Bytes handed to MPI.
+    pub sent_bytes: u64,
 }
 
 /// What every rank computes next.
@@ -234,7 +251,7 @@ fn encode_upkeep(upkeep: &Upkeep, bytes: &mut Vec<u8>) {
 
 fn encode_loads(loads: &[Load], bytes: &mut Vec<u8>) {
     for load in loads {
-        for field in [load.busy_us, load.wait_us, load.wire_us] {
+        for field in [load.busy_us, load.wait_us, load.wire_us, load.sent_bytes] {
             bytes.extend(field.to_le_bytes());
         }
     }
@@ -251,6 +268,14 @@ fn encode_entry(entry: &Entry, bytes: &mut Vec<u8>) {
         bytes.extend(sample.top_k.to_le_bytes());
         bytes.extend(sample.min_p.to_le_bytes());
         bytes.extend(sample.repetition_penalty.to_le_bytes());
+        bytes.extend(sample.presence_penalty.to_le_bytes());
+        bytes.extend(sample.frequency_penalty.to_le_bytes());
+        bytes.extend(sample.prompt_tokens.to_le_bytes());
+        bytes.extend((sample.logit_bias.len() as u32).to_le_bytes());
+        for (token, bias) in &sample.logit_bias {
+            bytes.extend(token.to_le_bytes());
+            bytes.extend(bias.to_le_bytes());
+        }
         bytes.extend(sample.seed.to_le_bytes());
         bytes.push(sample.logprobs.is_some() as u8);
         bytes.push(sample.logprobs.unwrap_or(0));
@@ -340,6 +365,7 @@ fn decode_loads(reader: &mut Reader, count: usize) -> Result<Vec<Load>, WireErro
             busy_us: reader.u64()?,
             wait_us: reader.u64()?,
             wire_us: reader.u64()?,
+            sent_bytes: reader.u64()?,
         })
     };
     (0..count).map(|_| load(reader)).collect()
@@ -375,6 +401,14 @@ fn decode_sample(reader: &mut Reader) -> Result<SampleParams, WireError> {
         top_k: reader.u32()?,
         min_p: reader.f32()?,
         repetition_penalty: reader.f32()?,
+        presence_penalty: reader.f32()?,
+        frequency_penalty: reader.f32()?,
+        prompt_tokens: reader.u32()?,
+        logit_bias: {
+            let count = reader.count(BIAS_BYTES)?;
+            let bias = |_| Ok((reader.u32()?, reader.f32()?));
+            (0..count).map(bias).collect::<Result<_, WireError>>()?
+        },
         seed: reader.u64()?,
         logprobs: {
             let (given, count) = (reader.flag()?, reader.array::<1>()?[0]);
@@ -406,7 +440,7 @@ pub struct Sampled {
 }
 
 /// Bytes of a [`Load`].
-const LOAD_BYTES: usize = 24;
+const LOAD_BYTES: usize = 32;
 
 /// Bytes of one sampled token: the token, and where asked for its logprob and the top ones.
 fn record_bytes(logprobs: Option<u8>) -> usize {

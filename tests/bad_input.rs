@@ -621,7 +621,7 @@ fn several_choices_are_refused_for_that_line() {
         &mut sound(&[]),
         r#"{"prompt": [1], "n": 2}"#,
         "unsupported_field",
-        &["`n`", "set it to 1", "found 2"],
+        &["`n`", "must be 1 in a line", "found 2"],
     );
     assert_eq!(error["param"], "n");
 }

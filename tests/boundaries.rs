@@ -101,6 +101,37 @@ fn the_kernels_are_named_in_the_model_only_and_know_nothing_of_it() {
 }
 
 #[test]
+fn http_is_spoken_in_the_server_only_which_knows_no_ranks_and_no_arrays() {
+    let http = [
+        "axum",
+        "hyper",
+        "tokio",
+        "http_body_util",
+        "futures_util",
+        "subtle",
+    ];
+    let named = http.map(|name| [format!("{name}::"), format!("use {name}")]);
+    let named: Vec<&str> = named.iter().flatten().map(String::as_str).collect();
+    assert_eq!(trespassers(&named, &["serve/"]), NONE);
+    let below = [
+        "crate::transport",
+        "crate::stage",
+        "crate::model",
+        "crate::session",
+        "crate::schedule::Schedule",
+        "Worker",
+        "std::fs",
+    ];
+    let guilty: Vec<String> = sources()
+        .into_iter()
+        .filter(|(name, _)| name.starts_with("serve/") && name != "serve/tests.rs")
+        .filter(|(_, code)| below.iter().any(|word| code.contains(word)))
+        .map(|(name, _)| name)
+        .collect();
+    assert_eq!(guilty, NONE);
+}
+
+#[test]
 fn the_pure_parts_do_no_io_read_no_clock_and_know_no_ranks() {
     let impure = [
         "std::fs",
@@ -124,6 +155,7 @@ fn the_pure_parts_do_no_io_read_no_clock_and_know_no_ranks() {
         "parcel.rs",
         "sampler",
         "sequence.rs",
+        "serve/tools.rs",
     ];
     let guilty: Vec<String> = sources()
         .into_iter()

@@ -242,6 +242,9 @@ struct List {
     hesitation: usize,
     hesitated: usize,
     seen: Vec<Seen>,
+    /// After how many of its tokens a sequence is cancelled, by key.
+    cancels: HashMap<u64, usize>,
+    cancelled: Vec<u64>,
 }
 
 impl List {
@@ -254,6 +257,8 @@ impl List {
             hesitation,
             hesitated: 0,
             seen: Vec::new(),
+            cancels: HashMap::new(),
+            cancelled: Vec::new(),
         }
     }
 }
@@ -280,6 +285,10 @@ impl Feed for List {
     }
 
     fn token(&mut self, key: u64, token: SampledToken) -> Result<Then> {
+        assert!(
+            !self.cancelled.contains(&key),
+            "a token of a cancelled sequence"
+        );
         self.answers[key as usize].push(token.token);
         let remaining = self.remaining.get_mut(&key).unwrap();
         *remaining -= 1;
@@ -288,6 +297,20 @@ impl Feed for List {
         } else {
             Then::Continue
         })
+    }
+
+    fn next_cancelled(&mut self) -> Option<u64> {
+        let has_enough = |(key, count): (&u64, &usize)| {
+            let is_under_way = self
+                .remaining
+                .get(key)
+                .is_some_and(|&remaining| remaining > 0);
+            (is_under_way && self.answers[*key as usize].len() >= *count).then_some(*key)
+        };
+        let key = self.cancels.iter().find_map(has_enough)?;
+        self.cancels.remove(&key);
+        self.cancelled.push(key);
+        Some(key)
     }
 
     fn is_watched(&self) -> bool {
@@ -332,6 +355,15 @@ impl Setup {
 
 /// Runs the prompts on ranks that are threads; the feed with its answers.
 fn generate(prompts: &[(Vec<u32>, usize)], setup: &Setup) -> List {
+    generate_with_cancels(prompts, setup, HashMap::new())
+}
+
+/// As [`generate`]; `cancels`: after how many of its tokens a sequence is cancelled.
+fn generate_with_cancels(
+    prompts: &[(Vec<u32>, usize)],
+    setup: &Setup,
+    cancels: HashMap<u64, usize>,
+) -> List {
     let ranks = setup.limits.ranks;
     let rows = match setup.limits.rows {
         PromptRows::Known => Rows::Local,
@@ -358,6 +390,7 @@ fn generate(prompts: &[(Vec<u32>, usize)], setup: &Setup) -> List {
         })
         .collect();
     let mut list = List::new(prompts, setup.hesitation);
+    list.cancels = cancels;
     leader
         .lead(&mut Schedule::new(setup.limits), &mut list, LIMIT)
         .unwrap();
@@ -416,6 +449,28 @@ proptest! {
         let expected: Vec<Vec<u32>> =
             prompts.iter().map(|(prompt, count)| expected(prompt, *count, ranks)).collect();
         prop_assert_eq!(generate(&prompts, &setup).answers, expected);
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(1000))]
+
+    /// The ranks too go on as if those that were cancelled had never been there.
+    #[test]
+    fn cancelled_sequences_harm_no_others_and_hold_up_no_end(
+        prompts in prompts(),
+        setup in setups(),
+        cancels in prop::collection::hash_map(0u64..9, 0usize..5, 0..9),
+    ) {
+        let ranks = setup.limits.ranks as u64;
+        let list = generate_with_cancels(&prompts, &setup, cancels);
+        for (key, (prompt, count)) in prompts.iter().enumerate() {
+            let expected = expected(prompt, *count, ranks);
+            match list.cancelled.contains(&(key as u64)) {
+                true => prop_assert!(expected.starts_with(&list.answers[key])),
+                false => prop_assert_eq!(&list.answers[key], &expected),
+            }
+        }
     }
 }
 

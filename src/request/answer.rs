@@ -224,9 +224,10 @@ struct Usage {
     total_tokens: usize,
 }
 
+/// Likely tokens as each endpoint writes them.
 #[derive(Serialize)]
 #[serde(untagged)]
-enum Logprobs<'a> {
+pub(crate) enum Logprobs<'a> {
     Completion {
         tokens: Vec<String>,
         token_logprobs: Vec<f32>,
@@ -239,7 +240,7 @@ enum Logprobs<'a> {
 }
 
 impl Logprobs<'_> {
-    fn completion(entries: &[TokenLogprob]) -> Logprobs<'_> {
+    pub(crate) fn completion(entries: &[TokenLogprob]) -> Logprobs<'_> {
         let wants_top = entries.iter().any(|entry| !entry.top.is_empty());
         Logprobs::Completion {
             tokens: entries.iter().map(|entry| entry.sampled.text()).collect(),
@@ -255,7 +256,7 @@ impl Logprobs<'_> {
         }
     }
 
-    fn chat(entries: &[TokenLogprob]) -> Logprobs<'_> {
+    pub(crate) fn chat(entries: &[TokenLogprob]) -> Logprobs<'_> {
         let content = entries.iter().map(|entry| ChatLogprob {
             token: ChatToken::of(&entry.sampled),
             top_logprobs: entry.top.iter().map(ChatToken::of).collect(),
@@ -267,7 +268,7 @@ impl Logprobs<'_> {
 }
 
 /// `{"text": logprob}` for the likeliest tokens and the sampled one, best first; of two tokens with one text, the likelier.
-struct LikelyTokens<'a>(&'a TokenLogprob);
+pub(crate) struct LikelyTokens<'a>(&'a TokenLogprob);
 
 impl Serialize for LikelyTokens<'_> {
     fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
@@ -285,14 +286,14 @@ impl Serialize for LikelyTokens<'_> {
 }
 
 #[derive(Serialize)]
-struct ChatLogprob<'a> {
+pub(crate) struct ChatLogprob<'a> {
     #[serde(flatten)]
     token: ChatToken<'a>,
     top_logprobs: Vec<ChatToken<'a>>,
 }
 
 #[derive(Serialize)]
-struct ChatToken<'a> {
+pub(crate) struct ChatToken<'a> {
     token: String,
     logprob: f32,
     bytes: Option<&'a [u8]>,

@@ -6,11 +6,18 @@
 //! kind is refused too: most often it is one of the first kind, misspelt.
 
 use serde_json::{Map, Value};
+use std::collections::BTreeMap;
 
 use super::{Chat, Endpoint, Message, Prompt, Rejection, RejectionCode, Role, Sampling};
 
 /// How many stop texts a request may name. OpenAI allows 4; templates with several end markers need more.
 pub const STOP_COUNT_MAX: usize = 16;
+
+/// How many answers a request may ask for, over all its prompts, as in OpenAI's API.
+pub const CHOICE_COUNT_MAX: usize = 128;
+
+/// How many tokens a request may bias: they travel with every step. As many as OpenAI's API allows.
+pub const BIAS_COUNT_MAX: usize = 300;
 
 /// How many likely tokens may be reported for each place, as in OpenAI's chat endpoint.
 pub const TOP_LOGPROBS_MAX: u8 = 20;
@@ -20,13 +27,17 @@ pub const TOP_LOGPROBS_MAX: u8 = 20;
 pub struct Body {
     /// Which endpoint the body is for.
     pub endpoint: Endpoint,
-    /// What to continue.
-    pub prompt: Prompt,
-    /// How to continue it; every value is inside its range.
+    /// What to continue, at least one; more than one beside `prompt` only.
+    pub prompts: Vec<Prompt>,
+    /// Answers to each prompt, from 1 to [`CHOICE_COUNT_MAX`].
+    pub choices: usize,
+    /// How to continue them; every value is inside its range.
     pub sampling: Sampling,
     /// Whether the answer was asked for piece by piece. That does not change it, so a file may say so and is answered
     /// with whole lines all the same.
     pub stream: bool,
+    /// Whether an answer in pieces is to end with the count of its tokens.
+    pub include_usage: bool,
 }
 
 impl Body {
@@ -65,19 +76,69 @@ impl Body {
         let mut fields = Fields(fields);
         let endpoint = fields.endpoint(endpoint)?;
         fields.refuse_unsupported()?;
-        let prompt = match endpoint {
-            Endpoint::Completion => text_or_tokens(fields.required("prompt")?)?,
-            Endpoint::Chat => Prompt::Chat(chat(&mut fields)?),
+        let prompts = match endpoint {
+            Endpoint::Completion => prompts(fields.required("prompt")?)?,
+            Endpoint::Chat => vec![Prompt::Chat(chat(&mut fields)?)],
         };
+        let choices = choices(&mut fields, prompts.len())?;
         let sampling = sampling(&mut fields, endpoint, defaults)?;
+        if endpoint == Endpoint::Completion {
+            fields.refuse_tools()?;
+        }
         let stream = fields.boolean("stream")?.unwrap_or(false);
+        let include_usage = include_usage(&mut fields)?;
         fields.refuse_unknown()?;
         Ok(Body {
             endpoint,
-            prompt,
+            prompts,
+            choices,
             sampling,
             stream,
+            include_usage,
         })
+    }
+
+    /// The one prompt, and how to continue it: what a line of a file may ask for.
+    ///
+    /// # Errors
+    ///
+    /// A [`Rejection`] of what has more than one answer.
+    pub fn single(self) -> Result<(Prompt, Sampling), Rejection> {
+        let unsupported = |field: &str, message: String| {
+            Err(Rejection::of_field(
+                RejectionCode::UnsupportedField,
+                field,
+                message,
+            ))
+        };
+        if self.choices > 1 {
+            return unsupported(
+                "n",
+                format!(
+                    "`n` must be 1 in a line, found {}; repeat the line, or use `mlx-pipe serve`",
+                    self.choices
+                ),
+            );
+        }
+        if let Some(Prompt::Chat(chat)) = self.prompts.first()
+            && !chat.tools.is_empty()
+        {
+            let message = "`tools` are not supported in a line; use `mlx-pipe serve`, which reads calls out of answers";
+            return unsupported("tools", message.into());
+        }
+        let [prompt] = match <[Prompt; 1]>::try_from(self.prompts) {
+            Ok(prompts) => prompts,
+            Err(prompts) => {
+                return unsupported(
+                    "prompt",
+                    format!(
+                        "`prompt` holds {} prompts; give each a line of its own",
+                        prompts.len()
+                    ),
+                );
+            }
+        };
+        Ok((prompt, self.sampling))
     }
 }
 
@@ -118,6 +179,22 @@ impl Sampling {
                 &self.repetition_penalty,
             );
         }
+        for (field, penalty) in [
+            ("presence_penalty", self.presence_penalty),
+            ("frequency_penalty", self.frequency_penalty),
+        ] {
+            if !(-2.0..=2.0).contains(&penalty) {
+                return out_of_range(field, "between -2 and 2", &penalty);
+            }
+        }
+        if self.logit_bias.len() > BIAS_COUNT_MAX {
+            let most = format!("about at most {BIAS_COUNT_MAX} tokens");
+            return out_of_range("logit_bias", &most, &self.logit_bias.len());
+        }
+        let wrong = |(_, bias): &&(u32, f32)| !(-100.0..=100.0).contains(bias);
+        if let Some((_, bias)) = self.logit_bias.iter().find(wrong) {
+            return out_of_range("logit_bias", "numbers between -100 and 100", bias);
+        }
         if self.stop.len() > STOP_COUNT_MAX {
             return out_of_range(
                 "stop",
@@ -141,29 +218,18 @@ impl Sampling {
 const HARMLESS: &[&str] = &[
     "metadata",
     "model",
-    "parallel_tool_calls",
     "prediction",
     "prompt_cache_key",
     "prompt_cache_retention",
     "safety_identifier",
     "service_tier",
     "store",
-    "stream_options",
     "user",
 ];
 
 /// Fields that would change the answer: the name, what it may hold, in words, and the test for that.
 type Unsupported = (&'static str, &'static str, fn(&Value) -> bool);
 const UNSUPPORTED: &[Unsupported] = &[
-    ("n", "1", is_one),
-    ("best_of", "1", is_one),
-    ("presence_penalty", "0", is_zero),
-    ("frequency_penalty", "0", is_zero),
-    ("logit_bias", "{}", |value| {
-        value.as_object().is_some_and(Map::is_empty)
-    }),
-    ("tools", "[]", is_empty_array),
-    ("tool_choice", "\"none\" or \"auto\"", is_none_or_auto),
     ("functions", "[]", is_empty_array),
     ("function_call", "\"none\" or \"auto\"", is_none_or_auto),
     ("echo", "false", is_false),
@@ -184,10 +250,6 @@ const UNSUPPORTED: &[Unsupported] = &[
     ("min_tokens", "0", is_zero),
     ("stop_token_ids", "[]", is_empty_array),
 ];
-
-fn is_one(value: &Value) -> bool {
-    value.as_f64() == Some(1.0)
-}
 
 fn is_zero(value: &Value) -> bool {
     value.as_f64() == Some(0.0)
@@ -292,7 +354,20 @@ impl Fields {
     }
 
     fn refuse_unsupported(&mut self) -> Result<(), Rejection> {
-        for (name, neutral, is_neutral) in UNSUPPORTED {
+        self.refuse(UNSUPPORTED)
+    }
+
+    /// Tools belong to chats.
+    fn refuse_tools(&mut self) -> Result<(), Rejection> {
+        self.take("parallel_tool_calls");
+        self.refuse(&[
+            ("tools", "[]", is_empty_array),
+            ("tool_choice", "\"none\" or \"auto\"", is_none_or_auto),
+        ])
+    }
+
+    fn refuse(&mut self, unsupported: &[Unsupported]) -> Result<(), Rejection> {
+        for (name, neutral, is_neutral) in unsupported {
             if let Some(value) = self.take(name)
                 && !is_neutral(&value)
             {
@@ -368,6 +443,16 @@ fn sampling(
         repetition_penalty: fields
             .number("repetition_penalty")?
             .unwrap_or(defaults.repetition_penalty),
+        presence_penalty: fields
+            .number("presence_penalty")?
+            .unwrap_or(defaults.presence_penalty),
+        frequency_penalty: fields
+            .number("frequency_penalty")?
+            .unwrap_or(defaults.frequency_penalty),
+        logit_bias: match logit_bias(fields)? {
+            Some(bias) => bias,
+            None => defaults.logit_bias.clone(),
+        },
         seed: seed(fields)?.or(defaults.seed),
         stop: stop(fields)?.unwrap_or_else(|| defaults.stop.clone()),
         logprobs: match endpoint {
@@ -397,6 +482,30 @@ fn max_tokens(fields: &mut Fields) -> Result<Option<usize>, Rejection> {
     Ok(old
         .or(new)
         .map(|count| usize::try_from(count).unwrap_or(usize::MAX)))
+}
+
+/// `{"token id": bias}`, ordered by token.
+fn logit_bias(fields: &mut Fields) -> Result<Option<Vec<(u32, f32)>>, Rejection> {
+    let biases = match fields.take("logit_bias") {
+        None => return Ok(None),
+        Some(Value::Object(biases)) => biases,
+        Some(other) => {
+            let expected = "an object of token ids and numbers";
+            return Err(wrong_type("logit_bias", expected, &other));
+        }
+    };
+    let mut read = BTreeMap::new();
+    for (name, bias) in biases {
+        let at = format!("logit_bias.{}", shorten(&name));
+        let id = name
+            .parse::<u32>()
+            .map_err(|_| wrong_type(&at, "named by a token id", &Value::String(name)))?;
+        let number = bias
+            .as_f64()
+            .ok_or_else(|| wrong_type(&at, "a number", &bias))?;
+        read.insert(id, number as f32);
+    }
+    Ok(Some(read.into_iter().collect()))
 }
 
 /// 0 keeps every candidate, and so does -1, which other servers use for it.
@@ -468,9 +577,47 @@ fn top_logprobs(fields: &mut Fields, name: &str) -> Result<Option<u8>, Rejection
     Ok(count.and_then(|count| u8::try_from(count).ok()))
 }
 
-fn text_or_tokens(value: Value) -> Result<Prompt, Rejection> {
+/// `n`, and `best_of`, which must be the same: all answers are returned.
+fn choices(fields: &mut Fields, prompts: usize) -> Result<usize, Rejection> {
+    let most = CHOICE_COUNT_MAX / prompts.clamp(1, CHOICE_COUNT_MAX);
+    let choices = fields.integer("n", 1, most as i64)?.unwrap_or(1);
+    match fields.integer("best_of", 1, i64::MAX)? {
+        Some(best_of) if best_of != choices => Err(Rejection::of_field(
+            RejectionCode::UnsupportedField,
+            "best_of",
+            format!(
+                "`best_of` other than `n` is not supported; leave it out or set it to {choices}, found {best_of}"
+            ),
+        )),
+        _ => Ok(choices as usize),
+    }
+}
+
+fn include_usage(fields: &mut Fields) -> Result<bool, Rejection> {
+    match fields.take("stream_options") {
+        None => Ok(false),
+        Some(Value::Object(options)) => {
+            let mut options = Fields(options);
+            let wrong = |_| {
+                Rejection::of_field(
+                    RejectionCode::InvalidType,
+                    "stream_options.include_usage",
+                    "`stream_options.include_usage` must be true or false",
+                )
+            };
+            Ok(options
+                .boolean("include_usage")
+                .map_err(wrong)?
+                .unwrap_or(false))
+        }
+        Some(other) => Err(wrong_type("stream_options", "an object", &other)),
+    }
+}
+
+/// A text, token ids, or an array of either.
+fn prompts(value: Value) -> Result<Vec<Prompt>, Rejection> {
     match value {
-        Value::String(text) => Ok(Prompt::Text(text)),
+        Value::String(text) => Ok(vec![Prompt::Text(text)]),
         Value::Array(items) => prompt_array(items),
         other => Err(wrong_type(
             "prompt",
@@ -480,42 +627,45 @@ fn text_or_tokens(value: Value) -> Result<Prompt, Rejection> {
     }
 }
 
-/// Token ids, or one prompt in an array of prompts.
-fn prompt_array(mut items: Vec<Value>) -> Result<Prompt, Rejection> {
+/// Token ids, or an array of prompts.
+fn prompt_array(items: Vec<Value>) -> Result<Vec<Prompt>, Rejection> {
     match items.first() {
         None => Err(wrong_value(
             "prompt",
             "at least one token id",
             &Value::Array(items),
         )),
-        Some(Value::Number(_)) => token_ids(&items).map(Prompt::Tokens),
-        Some(Value::String(_) | Value::Array(_)) if items.len() > 1 => Err(Rejection::of_field(
-            RejectionCode::UnsupportedField,
+        Some(Value::Number(_)) => Ok(vec![Prompt::Tokens(token_ids("prompt", &items)?)]),
+        Some(_) if items.len() > CHOICE_COUNT_MAX => Err(wrong_value(
             "prompt",
-            format!(
-                "`prompt` holds {} prompts; give each a request of its own",
-                items.len()
-            ),
+            &format!("at most {CHOICE_COUNT_MAX} prompts"),
+            &Value::Array(items),
         )),
-        Some(Value::String(_)) => text_or_tokens(items.swap_remove(0)),
-        Some(empty @ Value::Array(ids)) if ids.is_empty() => {
-            Err(wrong_value("prompt", "at least one token id", empty))
+        Some(Value::String(_) | Value::Array(_)) => {
+            let numbered = items.into_iter().enumerate();
+            numbered
+                .map(|(i, item)| prompt_of_several(&format!("prompt[{i}]"), item))
+                .collect()
         }
-        Some(Value::Array(ids)) => token_ids(ids).map(Prompt::Tokens),
         Some(other) => Err(wrong_type("prompt[0]", "a token id", other)),
     }
 }
 
-fn token_ids(items: &[Value]) -> Result<Vec<u32>, Rejection> {
+fn prompt_of_several(at: &str, item: Value) -> Result<Prompt, Rejection> {
+    match item {
+        Value::String(text) => Ok(Prompt::Text(text)),
+        Value::Array(ids) if ids.is_empty() => {
+            Err(wrong_value(at, "at least one token id", &Value::Array(ids)))
+        }
+        Value::Array(ids) => token_ids(at, &ids).map(Prompt::Tokens),
+        other => Err(wrong_type(at, "a string or an array of token ids", &other)),
+    }
+}
+
+fn token_ids(at: &str, items: &[Value]) -> Result<Vec<u32>, Rejection> {
     let id = |(i, item): (usize, &Value)| {
         let id = item.as_u64().and_then(|id| u32::try_from(id).ok());
-        id.ok_or_else(|| {
-            wrong_type(
-                &format!("prompt[{i}]"),
-                "a token id (0 to 4294967295)",
-                item,
-            )
-        })
+        id.ok_or_else(|| wrong_type(&format!("{at}[{i}]"), "a token id (0 to 4294967295)", item))
     };
     items.iter().enumerate().map(id).collect()
 }
@@ -537,8 +687,71 @@ fn chat(fields: &mut Fields) -> Result<Chat, Rejection> {
         messages: messages
             .map(|(i, item)| message(&format!("messages[{i}]"), item))
             .collect::<Result<_, _>>()?,
+        tools: tools(fields)?,
         template_arguments: template_arguments(fields)?,
     })
+}
+
+/// The tools that may be called: none if `tool_choice` says so.
+fn tools(fields: &mut Fields) -> Result<Vec<Value>, Rejection> {
+    let unsupported = |field: &str, message: String| {
+        Err(Rejection::of_field(
+            RejectionCode::UnsupportedField,
+            field,
+            message,
+        ))
+    };
+    let tools = match fields.take("tools") {
+        None => Vec::new(),
+        Some(Value::Array(tools)) => tools,
+        Some(other) => return Err(wrong_type("tools", "an array of tools", &other)),
+    };
+    for (i, tool) in tools.iter().enumerate() {
+        let at = format!("tools[{i}]");
+        match tool.get("type").and_then(Value::as_str) {
+            Some("function") => {}
+            Some(other) => {
+                let found = shorten(other);
+                return unsupported(
+                    &at,
+                    format!("`{at}` must be of type \"function\", found {found:?}"),
+                );
+            }
+            None => {
+                return Err(wrong_type(
+                    &at,
+                    "an object with `type` and `function`",
+                    tool,
+                ));
+            }
+        }
+        let name = tool
+            .get("function")
+            .and_then(|function| function.get("name"));
+        if !name.is_some_and(Value::is_string) {
+            return Err(missing(
+                &format!("{at}.function.name"),
+                &format!("`{at}.function.name` must be a string"),
+            ));
+        }
+    }
+    let parallel = fields.boolean("parallel_tool_calls")?;
+    if parallel == Some(false) && !tools.is_empty() {
+        let message = "`parallel_tool_calls` cannot be false: nothing keeps the model to one call; leave it out";
+        return unsupported("parallel_tool_calls", message.into());
+    }
+    match fields.take("tool_choice") {
+        None => Ok(tools),
+        Some(Value::String(choice)) if choice == "auto" => Ok(tools),
+        Some(Value::String(choice)) if choice == "none" => Ok(Vec::new()),
+        Some(other) => unsupported(
+            "tool_choice",
+            format!(
+                "`tool_choice` must be \"auto\" or \"none\": nothing makes the model call a tool; found {}",
+                found(&other)
+            ),
+        ),
+    }
 }
 
 /// Variables for the template. Those that the program itself sets are not the caller's to change.
@@ -576,6 +789,9 @@ fn message(at: &str, item: Value) -> Result<Message, Rejection> {
     let calls_tools = fields
         .get("tool_calls")
         .is_some_and(|calls| !is_empty_array(calls));
+    if let Some(Value::Array(calls)) = fields.get_mut("tool_calls") {
+        calls.iter_mut().for_each(parse_arguments);
+    }
     let content = match content {
         Some(content) => Some(text_of(&format!("{at}.content"), content)?),
         None if role == Role::Assistant && calls_tools => None,
@@ -591,6 +807,19 @@ fn message(at: &str, item: Value) -> Result<Message, Rejection> {
         content,
         more: fields,
     })
+}
+
+/// Clients send the arguments of a call as the text of an object; templates expect the object.
+fn parse_arguments(call: &mut Value) {
+    let Some(arguments) = call.pointer_mut("/function/arguments") else {
+        return;
+    };
+    let parsed = arguments
+        .as_str()
+        .and_then(|text| serde_json::from_str::<Map<_, _>>(text).ok());
+    if let Some(parsed) = parsed {
+        *arguments = Value::Object(parsed);
+    }
 }
 
 fn role(at: &str, value: Option<Value>) -> Result<Role, Rejection> {

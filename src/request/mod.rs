@@ -23,8 +23,9 @@ mod writer;
 use serde::Serialize;
 use serde_json::{Map, Value};
 
+pub(crate) use answer::Logprobs;
 pub use answer::{Answer, FinishReason, Identity, TokenChoice, TokenLogprob};
-pub use body::{Body, STOP_COUNT_MAX, TOP_LOGPROBS_MAX};
+pub use body::{BIAS_COUNT_MAX, Body, CHOICE_COUNT_MAX, STOP_COUNT_MAX, TOP_LOGPROBS_MAX};
 pub use reader::{LINE_BYTES_MAX, LineError, ReadError, RequestReader};
 pub use writer::{AnswerWriter, Format, Tally, WriteError, Written};
 
@@ -96,6 +97,8 @@ pub enum Prompt {
 pub struct Chat {
     /// The messages in order.
     pub messages: Vec<Message>,
+    /// The tools that the model may call, as the body has them.
+    pub tools: Vec<Value>,
     /// Extra variables for the template (`chat_template_kwargs` of the body), such as `enable_thinking`.
     pub template_arguments: Map<String, Value>,
 }
@@ -110,6 +113,7 @@ impl Chat {
         };
         Chat {
             messages: vec![message],
+            tools: Vec::new(),
             template_arguments: Map::new(),
         }
     }
@@ -158,6 +162,12 @@ pub struct Sampling {
     pub min_p: f32,
     /// Divides positive and multiplies negative logits of tokens already seen; above 0, 1 changes nothing.
     pub repetition_penalty: f32,
+    /// Taken off the logits of tokens that the answer has, in [-2, 2]; 0 changes nothing.
+    pub presence_penalty: f32,
+    /// The same for each time that the answer has them, in [-2, 2].
+    pub frequency_penalty: f32,
+    /// Added to the logits of these tokens, each in [-100, 100]; ordered by token, each once.
+    pub logit_bias: Vec<(u32, f32)>,
     /// Key of the random numbers. `None` leaves the choice to the run.
     pub seed: Option<u64>,
     /// Texts that end the answer and are not part of it; none is empty.
@@ -177,6 +187,9 @@ impl Sampling {
             top_k: 0,
             min_p: 0.0,
             repetition_penalty: 1.0,
+            presence_penalty: 0.0,
+            frequency_penalty: 0.0,
+            logit_bias: Vec::new(),
             seed: None,
             stop: Vec::new(),
             logprobs: None,

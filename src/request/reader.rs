@@ -275,7 +275,7 @@ fn read_json(line: &str, defaults: &Sampling) -> Reading {
     } else {
         Body::from_fields(fields, None, defaults)
     };
-    (form, body.map(|body| (body.prompt, body.sampling)))
+    (form, body.and_then(Body::single))
 }
 
 /// A line of an OpenAI batch file.

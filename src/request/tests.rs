@@ -13,6 +13,9 @@ fn defaults() -> Sampling {
         top_k: 7,
         min_p: 0.1,
         repetition_penalty: 1.1,
+        presence_penalty: 0.25,
+        frequency_penalty: -0.25,
+        logit_bias: Vec::new(),
         seed: Some(3),
         stop: vec!["END".to_owned()],
         logprobs: None,
@@ -210,7 +213,8 @@ fn requests_come_before_the_input_has_ended_and_a_failing_input_ends_them() {
 #[test]
 fn every_known_field_is_read() {
     let line = r#"{"model": "m", "prompt": "a", "max_tokens": 5, "temperature": 0, "top_p": 1, "top_k": 40, "min_p": 0,
-        "repetition_penalty": 1.25, "seed": 18446744073709551615, "stop": ["x", "y"], "logprobs": 2, "n": 1, "user": "u"}"#;
+        "repetition_penalty": 1.25, "seed": 18446744073709551615, "stop": ["x", "y"], "logprobs": 2, "n": 1, "user": "u",
+        "presence_penalty": -2, "frequency_penalty": 1.5, "logit_bias": {"9": -100, "5": 1.25}}"#;
     let request = read_one(&line.replace('\n', " ")).unwrap();
     let expected = Sampling {
         max_tokens: 5,
@@ -219,6 +223,9 @@ fn every_known_field_is_read() {
         top_k: 40,
         min_p: 0.0,
         repetition_penalty: 1.25,
+        presence_penalty: -2.0,
+        frequency_penalty: 1.5,
+        logit_bias: vec![(5, 1.25), (9, -100.0)],
         seed: Some(u64::MAX),
         stop: vec!["x".to_owned(), "y".to_owned()],
         logprobs: Some(2),
@@ -271,7 +278,9 @@ fn a_prompt_of_the_wrong_shape_is_refused() {
         ("5", "prompt"),
         ("{}", "prompt"),
         ("[]", "prompt"),
-        ("[[]]", "prompt"),
+        ("[[]]", "prompt[0]"),
+        (r#"["a", 5]"#, "prompt[1]"),
+        ("[[1], [-1]]", "prompt[1][0]"),
         (r#"["a", "b"]"#, "prompt"),
         ("[[1], [2]]", "prompt"),
         ("[1, -1]", "prompt[1]"),
@@ -313,6 +322,15 @@ fn a_value_outside_its_range_is_refused_by_the_name_of_its_field() {
         ("repetition_penalty", "0", RejectionCode::InvalidValue),
         ("repetition_penalty", "-1", RejectionCode::InvalidValue),
         ("repetition_penalty", "1e39", RejectionCode::InvalidValue),
+        ("presence_penalty", "2.1", RejectionCode::InvalidValue),
+        ("presence_penalty", "\"much\"", RejectionCode::InvalidType),
+        ("frequency_penalty", "-2.1", RejectionCode::InvalidValue),
+        ("logit_bias", "[1]", RejectionCode::InvalidType),
+        ("logit_bias", "{\"5\": 100.1}", RejectionCode::InvalidValue),
+        ("n", "0", RejectionCode::InvalidValue),
+        ("n", "129", RejectionCode::InvalidValue),
+        ("n", "1.5", RejectionCode::InvalidType),
+        ("stream_options", "true", RejectionCode::InvalidType),
         ("seed", "1.5", RejectionCode::InvalidType),
         ("seed", "18446744073709551616", RejectionCode::InvalidType),
         ("stop", "\"\"", RejectionCode::InvalidValue),
@@ -354,7 +372,7 @@ fn an_error_says_what_was_expected_and_found() {
     );
     assert_eq!(
         message(r#""n": 2"#),
-        "`n` would change the answer and is not supported; leave it out or set it to 1, found 2"
+        "`n` must be 1 in a line, found 2; repeat the line, or use `mlx-pipe serve`"
     );
     assert_eq!(
         message(r#""temprature": 1"#),
@@ -400,9 +418,6 @@ fn a_field_that_would_change_the_answer_is_refused_unless_it_changes_nothing() {
     for (field, refused, allowed) in [
         ("n", "2", "1"),
         ("best_of", "3", "1"),
-        ("presence_penalty", "0.5", "0"),
-        ("frequency_penalty", "-0.5", "0.0"),
-        ("logit_bias", r#"{"5": 1}"#, "{}"),
         ("tools", "[{}]", "[]"),
         ("tool_choice", "\"required\"", "\"auto\""),
         ("functions", "[{}]", "[]"),
@@ -493,7 +508,10 @@ fn a_body_alone_can_be_parsed_for_an_endpoint() {
 /// The chat of a body with these messages.
 fn chat(messages: Value) -> Result<Chat, Rejection> {
     let bytes = json!({"messages": messages}).to_string();
-    match Body::parse(bytes.as_bytes(), None, &defaults())?.prompt {
+    match Body::parse(bytes.as_bytes(), None, &defaults())?
+        .prompts
+        .remove(0)
+    {
         Prompt::Chat(chat) => Ok(chat),
         other => panic!("{other:?}"),
     }
@@ -1135,6 +1153,100 @@ proptest! {
             prop_assert!(sampling.top_p > 0.0 && sampling.top_p <= 1.0);
             prop_assert!((0.0..=1.0).contains(&sampling.min_p));
             prop_assert!(sampling.repetition_penalty.is_finite() && sampling.repetition_penalty > 0.0);
+        }
+    }
+}
+
+/// Any JSON, of the fields of a body most of the time.
+fn any_json() -> impl Strategy<Value = Value> {
+    const NAMES: [&str; 24] = [
+        "prompt",
+        "messages",
+        "n",
+        "best_of",
+        "stop",
+        "logprobs",
+        "top_logprobs",
+        "logit_bias",
+        "tools",
+        "tool_choice",
+        "stream_options",
+        "max_tokens",
+        "temperature",
+        "seed",
+        "role",
+        "content",
+        "type",
+        "text",
+        "function",
+        "name",
+        "tool_calls",
+        "arguments",
+        "5",
+        "x",
+    ];
+    const TEXTS: [&str; 11] = [
+        "",
+        "a",
+        "user",
+        "assistant",
+        "tool",
+        "text",
+        "function",
+        "auto",
+        "none",
+        "{\"a\": 1}",
+        "é",
+    ];
+    let leaf = prop_oneof![
+        Just(Value::Null),
+        any::<bool>().prop_map(Value::from),
+        (-3i64..200).prop_map(Value::from),
+        any::<f64>().prop_map(Value::from),
+        any::<u64>().prop_map(Value::from),
+        prop::sample::select(&TEXTS[..]).prop_map(Value::from),
+    ];
+    leaf.prop_recursive(5, 60, 6, move |inner| {
+        let fields = prop::collection::vec((prop::sample::select(&NAMES[..]), inner.clone()), 0..6);
+        prop_oneof![
+            prop::collection::vec(inner, 0..4).prop_map(Value::from),
+            fields.prop_map(|fields| {
+                let fields = fields
+                    .into_iter()
+                    .map(|(name, value)| (name.to_owned(), value));
+                Value::Object(fields.collect())
+            }),
+        ]
+    })
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(4000))]
+
+    #[test]
+    fn any_body_is_read_within_its_limits_or_refused_briefly(
+        mut body in any_json(),
+        prompt in any_json(),
+        is_chat: bool,
+        cut in prop::option::of(0usize..400),
+    ) {
+        if let Some(fields) = body.as_object_mut() {
+            let (given, other) = if is_chat { ("messages", "prompt") } else { ("prompt", "messages") };
+            fields.remove(other);
+            fields.insert(given.to_owned(), prompt);
+        }
+        let mut bytes = body.to_string().into_bytes();
+        bytes.truncate(cut.unwrap_or(usize::MAX));
+        for endpoint in [Some(Endpoint::Completion), Some(Endpoint::Chat), None] {
+            match Body::parse(&bytes, endpoint, &defaults()) {
+                Err(rejection) => prop_assert!(rejection.message.len() < 2000),
+                Ok(body) => {
+                    prop_assert!(body.sampling.validate().is_ok());
+                    prop_assert!(body.choices > 0 && !body.prompts.is_empty());
+                    prop_assert!(body.prompts.len() * body.choices <= CHOICE_COUNT_MAX);
+                    let _ = body.single();
+                }
+            }
         }
     }
 }

@@ -5,7 +5,16 @@ use proptest::prelude::*;
 
 const WARM: SampleParams = SampleParams {
     temperature: 1.0,
-    ..SampleParams::GREEDY
+    top_p: 1.0,
+    top_k: 0,
+    min_p: 0.0,
+    repetition_penalty: 1.0,
+    presence_penalty: 0.0,
+    frequency_penalty: 0.0,
+    prompt_tokens: 0,
+    logit_bias: Vec::new(),
+    seed: 0,
+    logprobs: None,
 };
 
 /// How often each token is drawn over many positions.
@@ -26,8 +35,10 @@ fn frequencies(logits: &[f32], params: SampleParams) -> Vec<f64> {
 fn frequencies_by_seed(logits: &[f32], params: SampleParams) -> Vec<f64> {
     const DRAWS: u64 = 20_000;
     let mut counts = vec![0.0; logits.len()];
+    let mut params = params;
     for seed in 0..DRAWS {
-        let token = sample(logits, &SampleParams { seed, ..params }, &[]).token;
+        params.seed = seed;
+        let token = sample(logits, &params, &[]).token;
         counts[token as usize] += 1.0 / DRAWS as f64;
     }
     counts
@@ -36,6 +47,29 @@ fn frequencies_by_seed(logits: &[f32], params: SampleParams) -> Vec<f64> {
 /// The plain twin of all that is fast above: sorts everything, copies everything, adds best first.
 mod plain {
     use super::SampleParams;
+
+    pub fn add(mut logits: Vec<f32>, params: &SampleParams, history: &[u32]) -> Vec<f32> {
+        let answer = history
+            .get(params.prompt_tokens as usize..)
+            .unwrap_or_default();
+        for (id, logit) in logits.iter_mut().enumerate() {
+            let bias = params
+                .logit_bias
+                .iter()
+                .find(|(other, _)| *other as usize == id);
+            let count = answer.iter().filter(|&&other| other as usize == id).count();
+            let penalty = params.presence_penalty + params.frequency_penalty * count as f32;
+            let is_off = params.presence_penalty == 0.0 && params.frequency_penalty == 0.0;
+            // Adding nothing is not adding 0, which makes 0 of -0.
+            match (bias, count > 0 && !is_off) {
+                (None, false) => {}
+                (Some((_, bias)), false) => *logit += bias,
+                (None, true) => *logit += 0.0 - penalty,
+                (Some((_, bias)), true) => *logit += bias - penalty,
+            }
+        }
+        logits
+    }
 
     pub fn penalize(logits: &[f32], penalty: f32, history: &[u32]) -> Vec<f32> {
         let seen = |token: usize| history.contains(&(token as u32));
@@ -163,13 +197,13 @@ fn greedy_orders_zeros_infinities_and_nans_as_a_sort_does() {
         for (token, digit) in [(5, 1), (BLOCK + 7, 8), (2 * BLOCK + 2, 64)] {
             logits[token] = ODD[index / digit % 8];
         }
-        for (params, history) in [(SampleParams::GREEDY, [0, 0]), (penalized, [5, 4])] {
+        for (params, history) in [(&SampleParams::GREEDY, [0, 0]), (&penalized, [5, 4])] {
             let sorted = plain::ranked(&plain::penalize(
                 &logits,
                 params.repetition_penalty,
                 &history,
             ));
-            assert_eq!(sample(&logits, &params, &history).token, sorted[0]);
+            assert_eq!(sample(&logits, params, &history).token, sorted[0]);
         }
     }
 }
@@ -388,6 +422,68 @@ fn a_fork_into_its_own_slot_is_refused() {
     sampler_of(&[1, 2, 3]).fork(3, 3, 1);
 }
 
+/// Presence and frequency penalty, tokens of the prompt, bias.
+fn added_strategy() -> impl Strategy<Value = (f32, f32, u32, Vec<(u32, f32)>)> {
+    let penalty = || prop_oneof![Just(0.0f32), -2.0f32..=2.0];
+    let bias = prop::collection::btree_map(0u32..4000, -100.0f32..=100.0, 0..20);
+    let bias = prop_oneof![
+        Just(Vec::new()),
+        bias.prop_map(|bias| bias.into_iter().collect())
+    ];
+    (penalty(), penalty(), 0u32..120, bias)
+}
+
+/// Logits of 0 but for these tokens.
+fn flat_but(tokens: &[(usize, f32)]) -> Vec<f32> {
+    let mut logits = vec![0.0; 2 * BLOCK];
+    for &(token, logit) in tokens {
+        logits[token] = logit;
+    }
+    logits
+}
+
+#[test]
+fn a_bias_moves_a_token_to_the_front_or_bans_it() {
+    let logits = flat_but(&[(3, 5.0), (BLOCK + 1, 4.0)]);
+    let token = |logit_bias| {
+        let params = SampleParams {
+            logit_bias,
+            ..SampleParams::GREEDY
+        };
+        sample(&logits, &params, &[]).token as usize
+    };
+    assert_eq!(token(vec![]), 3);
+    assert_eq!(token(vec![(3, -100.0)]), BLOCK + 1);
+    assert_eq!(token(vec![(9, 5.5)]), 9);
+    assert_eq!(
+        token(vec![(9, 5.5), (2 * BLOCK as u32 - 1, 100.0)]),
+        2 * BLOCK - 1
+    );
+}
+
+#[test]
+fn presence_counts_once_and_frequency_every_time_and_only_in_the_answer() {
+    let logits = flat_but(&[(3, 5.0), (4, 4.5), (5, 4.2)]);
+    let token = |presence_penalty, frequency_penalty, history: &[u32]| {
+        let params = SampleParams {
+            presence_penalty,
+            frequency_penalty,
+            prompt_tokens: 2,
+            ..SampleParams::GREEDY
+        };
+        sample(&logits, &params, history).token
+    };
+    // What the prompt has does not count.
+    assert_eq!(token(2.0, 2.0, &[3, 3]), 3);
+    assert_eq!(token(0.6, 0.0, &[0, 0, 3, 3, 3]), 4);
+    assert_eq!(token(0.4, 0.0, &[0, 0, 3, 3, 3]), 3);
+    assert_eq!(token(0.0, 0.2, &[0, 0, 3, 3]), 3);
+    assert_eq!(token(0.0, 0.2, &[0, 0, 3, 3, 3]), 4);
+    assert_eq!(token(0.0, 0.2, &[0, 0, 3, 3, 3, 4, 4]), 3);
+    // A negative one makes repetition more likely.
+    assert_eq!(token(-0.6, 0.0, &[0, 0, 4]), 4);
+}
+
 proptest! {
     #[test]
     fn fast_and_plain_pick_the_same_token(
@@ -403,13 +499,18 @@ proptest! {
         repetition_penalty in prop_oneof![Just(1.0f32), 1.01f32..2.0, 0.5f32..1.0],
         ats in prop::collection::vec(prop_oneof![0.0f64..1.0, Just(0.0), Just(1.0 - 1e-12)], 4),
         history in prop::collection::vec(0u32..3000, 0..100),
+        added in added_strategy(),
     ) {
+        let (presence_penalty, frequency_penalty, prompt_tokens, logit_bias) = added;
         let params = SampleParams {
-            temperature, top_p, top_k, min_p, repetition_penalty, ..SampleParams::GREEDY
+            temperature, top_p, top_k, min_p, repetition_penalty,
+            presence_penalty, frequency_penalty, prompt_tokens, logit_bias,
+            ..SampleParams::GREEDY
         };
         let logits = logits(count, random, spread, levels, infinite);
-        let fast = Penalized::new(&logits, repetition_penalty, &history);
+        let fast = Penalized::new(&logits, &params, &history);
         let plain = plain::penalize(&logits, repetition_penalty, &history);
+        let plain = plain::add(plain, &params, &history);
         prop_assert_eq!(fast.best().unwrap().0, plain::ranked(&plain)[0]);
 
         // The cuts too may fall otherwise within 1e-9 of their boundary.
@@ -464,6 +565,8 @@ proptest! {
     ) {
         let params = SampleParams {
             temperature, top_p, top_k, min_p, repetition_penalty: 1.3, seed, logprobs: Some(3),
+            presence_penalty: 2.0, frequency_penalty: -2.0, prompt_tokens: 5,
+            logit_bias: vec![(0, -100.0), (7, 100.0), (u32::MAX, 1.0)],
         };
         let sampled = sample(&logits, &params, &history);
         prop_assert!((sampled.token as usize) < logits.len());

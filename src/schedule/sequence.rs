@@ -72,6 +72,11 @@ impl Sequence {
         known.saturating_sub(self.launched)
     }
 
+    /// Whether the token after the last one is on its way.
+    pub fn awaits_token(&self) -> bool {
+        self.launched == self.tokens.len()
+    }
+
     /// Another token, whose row is known.
     pub fn push(&mut self, token: u32) {
         self.tokens.push(token);
@@ -86,7 +91,7 @@ impl Sequence {
             slot,
             start: start as u32,
             tokens: self.tokens[start..end].to_vec(),
-            sample: (end == self.tokens.len()).then_some(self.params),
+            sample: (end == self.tokens.len()).then(|| self.params.clone()),
         }
     }
 

@@ -148,6 +148,17 @@ impl Ranks {
 
 /// Runs prompts to their ends; the answers by key. `delays`: how many turns of the loop each answer stays out.
 fn run(limits: Limits, prompts: &[Prompt], delays: &[usize]) -> (HashMap<u64, Vec<u32>>, Ranks) {
+    run_with_cancels(limits, prompts, delays, &HashMap::new())
+}
+
+/// As [`run`]; `cancels`: in which turn a sequence is cancelled, by key, unless it has ended by then.
+fn run_with_cancels(
+    limits: Limits,
+    prompts: &[Prompt],
+    delays: &[usize],
+    cancels: &HashMap<u64, usize>,
+) -> (HashMap<u64, Vec<u32>>, Ranks) {
+    let mut cancelled = HashSet::new();
     let mut schedule = Schedule::new(limits);
     let mut ranks = Ranks::new(limits);
     let mut left: VecDeque<Prompt> = prompts.iter().cloned().collect();
@@ -155,11 +166,21 @@ fn run(limits: Limits, prompts: &[Prompt], delays: &[usize]) -> (HashMap<u64, Ve
     let mut questions: VecDeque<(u32, usize)> = VecDeque::new();
     let mut turn = 0;
     let mut due = VecDeque::new();
-    while !(left.is_empty() && schedule.is_idle()) {
+    while !(left.is_empty() && schedule.is_idle() && ranks.under_way.is_empty()) {
         turn += 1;
         assert!(turn < 100_000, "no end: {schedule:?}");
         while schedule.has_room() && !left.is_empty() {
             schedule.admit(left.pop_front().unwrap());
+        }
+        for (&key, _) in cancels.iter().filter(|(_, at)| **at == turn) {
+            left.retain(|prompt| prompt.key != key);
+            let is_known = answers.contains_key(&key);
+            let slot = schedule.cancel(key);
+            assert!(slot.is_none_or(|slot| schedule.key(slot).is_none()));
+            if slot.is_some() || !is_known {
+                cancelled.insert(key);
+            }
+            assert_eq!(schedule.cancel(key), None, "it is gone");
         }
         assert!(schedule.sequences() <= limits.sequences);
         for (slot, tokens) in schedule.wanted_rows() {
@@ -172,6 +193,11 @@ fn run(limits: Limits, prompts: &[Prompt], delays: &[usize]) -> (HashMap<u64, Ve
             schedule.rows_came(slot, count);
         }
         if let Some(step) = schedule.next_step() {
+            let is_live = |entry: &Entry| schedule.key(entry.slot).is_some();
+            assert!(
+                step.entries.iter().all(is_live),
+                "a cancelled sequence is computed"
+            );
             due.push_back(turn + delays[step.number as usize % delays.len()]);
             ranks.execute(step);
         }
@@ -181,10 +207,14 @@ fn run(limits: Limits, prompts: &[Prompt], delays: &[usize]) -> (HashMap<u64, Ve
             let step = ranks.under_way.pop_front().unwrap();
             schedule.answered();
             for (entry, _) in step.sampled() {
+                if schedule.is_unwanted(entry.slot) {
+                    continue;
+                }
                 let end = entry.start as usize + entry.tokens.len();
                 let sequence = &ranks.caches[&entry.slot].tokens[..end];
                 let token = next_token(sequence);
                 let key = schedule.key(entry.slot).unwrap();
+                assert!(!cancelled.contains(&key), "a token of a cancelled sequence");
                 let answer = answers.entry(key).or_default();
                 answer.push(token);
                 let most = prompts[key as usize].max_tokens;
@@ -197,6 +227,11 @@ fn run(limits: Limits, prompts: &[Prompt], delays: &[usize]) -> (HashMap<u64, Ve
         }
     }
     assert_eq!(schedule.in_flight, 0);
+    assert_eq!((schedule.kv_tokens(), schedule.ready.len()), (0, 0));
+    assert!(schedule.unwanted.is_empty(), "{:?}", schedule.unwanted);
+    // All memory can be had again: what is held, is held by those that have ended.
+    let kept = schedule.ended.iter().flat_map(|(_, ended)| &ended.blocks);
+    assert_eq!(schedule.blocks.free(), schedule.blocks.left_by(kept));
     (answers, ranks)
 }
 
@@ -271,6 +306,59 @@ proptest! {
         for prompt in &prompts {
             prop_assert_eq!(&answers[&prompt.key], &expected(prompt));
         }
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(1000))]
+
+    /// Whoever goes away, and whenever: the others are answered as if it had never been there, and all memory returns.
+    #[test]
+    fn cancelling_some_changes_nothing_for_the_others(
+        prompts in prompts(),
+        limits in limits(),
+        delays in prop::collection::vec(0usize..9, 1..8),
+        cancels in prop::collection::hash_map(0u64..25, 1usize..150, 0..12),
+    ) {
+        let (answers, _) = run_with_cancels(limits, &prompts, &delays, &cancels);
+        for prompt in &prompts {
+            let expected = expected(prompt);
+            let answer = answers.get(&prompt.key).map_or(&[][..], Vec::as_slice);
+            match cancels.contains_key(&prompt.key) {
+                true => prop_assert!(expected.starts_with(answer)),
+                false => prop_assert_eq!(answer, &expected),
+            }
+        }
+    }
+}
+
+#[test]
+fn what_a_cancelled_sequence_held_is_there_for_the_next_step() {
+    // Room for one of the two: 300 tokens are five blocks.
+    for forks in FORKS {
+        let limits = Limits {
+            kv_blocks: 8,
+            step_tokens: 64,
+            forks,
+            ..LIMITS
+        };
+        let mut schedule = Schedule::new(limits);
+        schedule.admit(prompt(0, vec![1; 290], 10));
+        schedule.admit(prompt(1, vec![2; 290], 10));
+        let step = schedule.next_step().unwrap();
+        assert_eq!((step.entries.len(), schedule.sequences()), (1, 1));
+        assert!(schedule.kv_tokens() >= 300);
+        assert_eq!(schedule.cancel(0), Some(step.entries[0].slot));
+        assert_eq!((schedule.sequences(), schedule.kv_tokens()), (0, 0));
+        let step = schedule.next_step().unwrap();
+        assert_eq!(schedule.key(step.entries[0].slot), Some(1));
+        // One that waits is simply gone.
+        schedule.admit(prompt(2, vec![3; 290], 10));
+        assert_eq!(schedule.cancel(2), None);
+        assert_eq!(schedule.cancel(1), Some(step.entries[0].slot));
+        assert!(schedule.is_idle());
+        // Neither had a token on its way.
+        assert!(!schedule.is_unwanted(step.entries[0].slot));
     }
 }
 

@@ -42,6 +42,11 @@ impl ChatTemplate {
         }))
     }
 
+    /// Whether the template tells the model of tools, and to call them in the form of Qwen and Hermes.
+    pub(super) fn knows_tools(&self) -> bool {
+        self.source.contains("tools") && self.source.contains("<tool_call>")
+    }
+
     /// Writes the conversation, up to where the assistant's answer starts.
     pub(super) fn render(&self, chat: &Chat) -> Result<String, TokenizerError> {
         // Compiled each time: far cheaper than the prompt it writes, and a bad template harms only those that use it.
@@ -62,10 +67,15 @@ impl ChatTemplate {
         let arguments = chat.template_arguments.iter();
         let arguments =
             arguments.map(|(name, value)| (name.as_str(), Value::from_serialize(value)));
+        // Templates ask whether there are tools by whether there is a list.
+        let tools = match chat.tools.is_empty() {
+            true => Value::from(()),
+            false => Value::from_serialize(&chat.tools),
+        };
         let ours = [
             ("messages", Value::from_serialize(&chat.messages)),
             ("add_generation_prompt", Value::from(true)),
-            ("tools", Value::from(())),
+            ("tools", tools),
             ("documents", Value::from(())),
         ];
         tokens.chain(arguments).chain(ours).collect()

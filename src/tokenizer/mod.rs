@@ -218,6 +218,14 @@ impl Tokenizer {
         }
     }
 
+    /// Whether the chat template tells the model of tools, to be called in a form that can be read back:
+    /// `<tool_call>{"name": ..., "arguments": ...}</tool_call>`.
+    pub fn knows_tools(&self) -> bool {
+        self.chat_template
+            .as_ref()
+            .is_some_and(ChatTemplate::knows_tools)
+    }
+
     /// The text of ids, without special tokens. Bytes that are no character become U+FFFD; unknown ids are left out.
     ///
     /// # Errors

@@ -284,7 +284,8 @@ fn chat(messages: &Value, arguments: &Value) -> Chat {
     let body = json!({"messages": messages, "chat_template_kwargs": arguments}).to_string();
     match Body::parse(body.as_bytes(), None, &defaults)
         .unwrap()
-        .prompt
+        .prompts
+        .remove(0)
     {
         Prompt::Chat(chat) => chat,
         other => panic!("{other:?}"),

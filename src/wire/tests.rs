@@ -4,17 +4,29 @@ use super::*;
 use proptest::prelude::*;
 
 fn sample_params() -> impl Strategy<Value = SampleParams> {
-    (0.0f32..2.0, any::<u32>(), any::<u64>(), any::<Option<u8>>()).prop_map(
-        |(number, top_k, seed, logprobs)| SampleParams {
-            temperature: number,
-            top_p: number / 2.0,
-            top_k,
-            min_p: number / 3.0,
-            repetition_penalty: number + 0.5,
-            seed,
-            logprobs,
-        },
+    let bias = prop::collection::vec((any::<u32>(), -100.0f32..100.0), 0..4);
+    (
+        0.0f32..2.0,
+        any::<[u32; 2]>(),
+        any::<u64>(),
+        any::<Option<u8>>(),
+        bias,
     )
+        .prop_map(
+            |(number, [top_k, prompt_tokens], seed, logprobs, logit_bias)| SampleParams {
+                presence_penalty: number - 1.0,
+                frequency_penalty: 1.0 - number,
+                prompt_tokens,
+                logit_bias,
+                temperature: number,
+                top_p: number / 2.0,
+                top_k,
+                min_p: number / 3.0,
+                repetition_penalty: number + 0.5,
+                seed,
+                logprobs,
+            },
+        )
 }
 
 fn entry() -> impl Strategy<Value = Entry> {
@@ -61,7 +73,8 @@ fn upkeep() -> impl Strategy<Value = Upkeep> {
 }
 
 fn load() -> impl Strategy<Value = Load> {
-    any::<[u64; 3]>().prop_map(|[busy_us, wait_us, wire_us]| Load {
+    any::<[u64; 4]>().prop_map(|[busy_us, wait_us, wire_us, sent_bytes]| Load {
+        sent_bytes,
         busy_us,
         wait_us,
         wire_us,
