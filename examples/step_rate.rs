@@ -12,7 +12,7 @@ use mlx_pipe::pipeline::Compute;
 use mlx_pipe::plan::WireDtype;
 use mlx_pipe::planning::Question;
 use mlx_pipe::sampler::Sampler;
-use mlx_pipe::stage::{self, DeviceChoice, KernelChoice, Output, Stage};
+use mlx_pipe::stage::{self, DeviceChoice, KernelChoice, Output, Seat, Stage};
 use mlx_pipe::wire::{Entry, SampleParams, Step};
 use std::path::Path;
 use std::time::Instant;
@@ -67,8 +67,8 @@ struct Rig {
 
 impl Rig {
     fn load(dir: &Path, choice: KernelChoice, threads: usize) -> Result<Self> {
-        stage::use_device(DeviceChoice::Cpu)?;
-        let kernels = stage::kernels(choice, threads)?;
+        let seat = Seat { rank: 0, ranks: 1 };
+        let kernels = stage::computer(DeviceChoice::Cpu, choice, threads, seat)?.kernels;
         let files = ModelFiles::open(dir)?;
         let Some(Command::Plan(options)) = <Cli as clap::Parser>::parse_from(["", "plan"]).command
         else {
@@ -111,8 +111,8 @@ impl Rig {
         };
         self.number += 1;
         match self.stage.run(&step, &[])? {
-            Output::Logits(logits) => {
-                let sampled = self.sampler.sample_step(&step, &logits);
+            Output::Scores(scores) => {
+                let sampled = self.sampler.sample_step(&step, &scores);
                 Ok(sampled.iter().map(|sampled| sampled.token).collect())
             }
             Output::Hidden(_) => bail!("one rank has the head"),

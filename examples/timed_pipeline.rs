@@ -7,6 +7,7 @@
 
 use anyhow::{Context, Result, bail};
 use mlx_pipe::pipeline::{Compute, Feed, Next, Rows, Then, Worker};
+use mlx_pipe::sampler::Scores;
 use mlx_pipe::schedule::{Forks, Limits, Prompt, PromptRows, Schedule};
 use mlx_pipe::stage::Output;
 use mlx_pipe::transport::{MpiTransport, Transport};
@@ -25,7 +26,7 @@ impl Compute for Timed {
         std::thread::sleep(self.time);
         Ok(match self.is_last {
             false => Output::Hidden(vec![0; step.row_count() * self.row_bytes]),
-            true => Output::Logits(step.sampled().map(|_| vec![1.0, 0.0]).collect()),
+            true => Output::Scores(step.sampled().map(|_| Scores::Best(Some(0))).collect()),
         })
     }
 

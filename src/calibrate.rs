@@ -78,7 +78,7 @@ pub struct Question<'a> {
 pub fn measure(question: &Question, transport: &mut impl Transport) -> Result<Costs, Failure> {
     let devices = devices(question, transport)?;
     // What was made up is gone, and is no part of the run.
-    stage::forget_peak();
+    stage::forget_peak(question.kernels);
     let links = links(question, transport)?;
     Ok(Costs { devices, links })
 }
@@ -303,8 +303,8 @@ impl<'a> Bench<'a> {
         let mut run = || -> Result<u64> {
             wait::check_signals()?;
             let started = Instant::now();
-            if let Output::Logits(logits) = stage.run(&step, &payload)? {
-                sampler.sample_step(&step, &logits);
+            if let Output::Scores(scores) = stage.run(&step, &payload)? {
+                sampler.sample_step(&step, &scores);
             }
             Ok(started.elapsed().as_nanos() as u64)
         };

@@ -2,7 +2,7 @@
 
 use crate::plan::{LayerRanges, Strategy, TiedTable};
 use crate::request::{Format, Sampling};
-use crate::stage::{DeviceChoice, KernelChoice};
+use crate::stage::{DeviceChoice, KernelChoice, Seat};
 use clap::{Args, CommandFactory, FromArgMatches, Parser, Subcommand, ValueEnum};
 use std::net::SocketAddr;
 use std::path::PathBuf;
@@ -574,6 +574,25 @@ pub fn model_of_environment() -> Option<String> {
 /// Whether a launcher such as `mpirun` started this process.
 pub fn is_launched() -> bool {
     rank_of_launcher().is_some()
+}
+
+/// This rank's place among those on its host, as the launcher says; alone where it says nothing.
+pub fn seat() -> Seat {
+    let number = |names: &[&str]| {
+        let mut values = names
+            .iter()
+            .map(|name| std::env::var(name).ok()?.parse().ok());
+        values.find_map(|value| value)
+    };
+    Seat {
+        rank: number(&[
+            "OMPI_COMM_WORLD_LOCAL_RANK",
+            "MPI_LOCALRANKID",
+            "SLURM_LOCALID",
+        ])
+        .unwrap_or(0),
+        ranks: number(&["OMPI_COMM_WORLD_LOCAL_SIZE", "MPI_LOCALNRANKS"]).unwrap_or(1),
+    }
 }
 
 /// What Open MPI, PMIx and MPICH put into a rank's environment. Looked up once, by [`parse`]: starting MPI

@@ -1,7 +1,7 @@
 //! How much is under way at a time: what the user asked for, or what the plan has room for and its ranks are best
 //! kept busy by.
 
-use crate::cli::{KernelName, RunOptions};
+use crate::cli::RunOptions;
 use crate::meeting::{Cluster, Place};
 use crate::model;
 use crate::plan::{Lookup, Plan};
@@ -23,8 +23,11 @@ pub fn limits(options: &RunOptions, cluster: &Cluster, plan: &Plan) -> Limits {
     let steps_in_flight = options.steps_in_flight.map_or(ranks + 1, |n| n as usize);
     let sequences = max_batch.saturating_mul(steps_in_flight);
     let asked = options.model.max_sequences.unwrap_or(u64::MAX) as usize;
-    let shares = |place: &Place| shares_blocks(options, place);
-    let forks = match cluster.ranks.iter().all(shares) {
+    let forks = match cluster
+        .ranks
+        .iter()
+        .all(|place: &Place| place.shares_blocks)
+    {
         true => Forks::Shared,
         false => Forks::Copied {
             growth: model::MLX_CACHE_GROWTH_TOKENS.div_ceil(BLOCK_TOKENS),
@@ -70,9 +73,4 @@ fn kv_blocks(plan: &Plan, forks: Forks) -> usize {
         .next_multiple_of(growth);
     let of_all = plan.context_tokens.saturating_mul(plan.sequences) / block_tokens;
     of_all.max(of_one).min(u32::MAX.into()) as usize
-}
-
-/// This program's kernels share blocks of caches; MLX's have a copy for each sequence.
-fn shares_blocks(options: &RunOptions, place: &Place) -> bool {
-    place.device == "cpu" && options.model.kernels == KernelName::Own
 }

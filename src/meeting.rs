@@ -2,14 +2,14 @@
 //! only one can decide. Before that no rank knows where the others run, afterwards all know the same.
 
 use crate::agree::{self, Failure, Usage};
-use crate::cli::{self, RunOptions};
+use crate::cli::{self, ModelOptions, RunOptions};
 use crate::cluster::{self, ClusterFile, DeviceProfile, RankDevice};
 use crate::cores;
 use crate::cost_store::Seat;
 use crate::model::{Kernels, ModelFiles};
 use crate::plan::WireDtype;
 use crate::planning;
-use crate::stage;
+use crate::stage::{self, Computer};
 use crate::transport::{MpiTransport, Transport};
 use crate::wire::PROTOCOL_VERSION;
 use anyhow::{Context, Result, anyhow};
@@ -47,8 +47,10 @@ pub struct Cluster {
 #[derive(Serialize, Deserialize)]
 pub struct Place {
     profile: DeviceProfile,
-    /// `cpu` or `gpu`: what its arrays are computed on.
+    /// `cpu` or `gpu`: what it computes on.
     pub device: String,
+    /// Its caches hold once what sequences have in common.
+    pub shares_blocks: bool,
 }
 
 impl Place {
@@ -72,15 +74,19 @@ struct Introduction {
 
 /// Chooses what this rank computes with, and what it says of itself.
 fn introduce(options: &RunOptions, rank: usize) -> Result<(Kernels, Introduction)> {
-    stage::use_device(options.model.device.into()).map_err(Usage::of)?;
     cores::undo_default_binding();
     let threads = options.model.threads.unwrap_or_else(cores::usable);
-    let kernels = stage::kernels(options.model.kernels.into(), threads).map_err(Usage::of)?;
-    Ok((kernels, Introduction::of(options, rank)?))
+    let ModelOptions {
+        device, kernels, ..
+    } = options.model;
+    let computer = stage::computer(device.into(), kernels.into(), threads, cli::seat());
+    let computer = computer.map_err(Usage::of)?;
+    let introduction = Introduction::of(options, rank, &computer)?;
+    Ok((computer.kernels, introduction))
 }
 
 impl Introduction {
-    fn of(options: &RunOptions, rank: usize) -> Result<Self> {
+    fn of(options: &RunOptions, rank: usize, computer: &Computer) -> Result<Self> {
         let mut cluster_file = None;
         if rank == 0 {
             if let Some(path) = &options.model.cluster {
@@ -93,11 +99,16 @@ impl Introduction {
                     .transpose()?;
             }
         }
+        let mut profile = cluster::probe_local()?;
+        if let Some(bytes) = computer.memory_bytes {
+            profile.memory_bytes = bytes;
+        }
         Ok(Self {
             version: version(),
             place: Place {
-                profile: cluster::probe_local()?,
-                device: stage::device_kind()?.to_owned(),
+                profile,
+                device: computer.kind.to_owned(),
+                shares_blocks: matches!(computer.kernels, Kernels::Own(_) | Kernels::Cuda(_)),
             },
             options: options.shared_options(),
             cluster_file,

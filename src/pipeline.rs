@@ -411,9 +411,9 @@ impl<T: Transport, C: Compute> Worker<T, C> {
                 self.transport.expect_shared(length)?;
                 self.record(Part::Send, &step, sending);
             }
-            Output::Logits(logits) => {
+            Output::Scores(scores) => {
                 let sampling = Instant::now();
-                let tokens = self.sampler.sample_step(&step, &logits);
+                let tokens = self.sampler.sample_step(&step, &scores);
                 let rows = self.look_up(&tokens)?;
                 self.record(Part::Sample, &step, sampling);
                 self.counters.busy += started.elapsed();

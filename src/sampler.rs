@@ -22,6 +22,16 @@ const LANES: usize = 8;
 const BATCH: usize = 256;
 const GROWTH: usize = 8;
 
+/// What is known of the token that comes next.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Scores {
+    /// A logit for every token of the vocabulary.
+    All(Vec<f32>),
+    /// The token of the largest logit, the lowest of equals; of which it is enough to know for
+    /// [`SampleParams::takes_the_best`]. `None` if a logit is not a number.
+    Best(Option<u32>),
+}
+
 /// Samples for a run: knows the tokens of every sequence in flight, which the penalty looks at.
 #[derive(Debug, Default)]
 pub struct Sampler {
@@ -29,9 +39,9 @@ pub struct Sampler {
 }
 
 impl Sampler {
-    /// The tokens that answer a step. `logits`: one vector over the vocabulary for every sampled entry.
-    /// Every step has to be shown, those that sample nothing too.
-    pub fn sample_step(&mut self, step: &Step, logits: &[Vec<f32>]) -> Vec<SampledToken> {
+    /// The tokens that answer a step. `scores`: one for every sampled entry, none of which is not a number (the stage
+    /// sees to that). Every step has to be shown, those that sample nothing too.
+    pub fn sample_step(&mut self, step: &Step, scores: &[Scores]) -> Vec<SampledToken> {
         for &upkeep in &step.upkeep {
             match upkeep {
                 Upkeep::Fork(fork) => self.fork(fork.from, fork.to, fork.tokens as usize),
@@ -46,8 +56,15 @@ impl Sampler {
             history.extend(&entry.tokens);
         }
         step.sampled()
-            .zip(logits)
-            .map(|((entry, params), logits)| sample(logits, params, &self.histories[&entry.slot]))
+            .zip(scores)
+            .map(|((entry, params), scores)| match scores {
+                Scores::All(logits) => sample(logits, params, &self.histories[&entry.slot]),
+                Scores::Best(token) => SampledToken {
+                    token: token.unwrap_or(0),
+                    logprob: None,
+                    top: Vec::new(),
+                },
+            })
             .collect()
     }
 

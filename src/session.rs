@@ -69,6 +69,7 @@ pub fn run(options: &RunOptions, server_options: Option<&ServerOptions>) -> u8 {
 /// began; or the exit status, if MPI cannot be started.
 pub fn join(verbose: u8) -> Result<(MpiTransport, Instant), u8> {
     let started = Instant::now();
+    wait::sleep_exactly();
     let joined = wait::end_on_signals().and_then(|()| MpiTransport::start());
     let transport = joined.map_err(|error| {
         tell(&format!("mlx-pipe: {error:#}\n"));
@@ -113,10 +114,11 @@ fn generate(
     let slice = agree::all_succeeded(transport, slice)?;
     let (mut stage, consumed) = load(options, &slice, transport)?;
     stage.share_cores(core_share(options, &cluster, rank));
+    let limits = limits(options, &cluster, &plan);
+    stage.reserve_cache(limits.kv_blocks.saturating_mul(BLOCK_TOKENS))?;
     let mut report = loaded(&cluster, &plan, consumed, rank, started)?;
     agree::all_succeeded(transport, Ok(()))?;
 
-    let limits = limits(options, &cluster, &plan);
     let mut worker = Worker::new(&mut *transport, stage, rows(&files, &plan, &limits));
     if options.trace.is_some() {
         worker.trace = Some(Recorder::start(&mut worker.transport)?);
@@ -138,7 +140,7 @@ fn generate(
     let (counters, trace) = (worker.counters, worker.trace.take());
     report = report.with_counters(counters);
     report.peak_rss_bytes = report::peak_rss_bytes();
-    report.peak_array_bytes = stage::peak_array_bytes();
+    report.peak_array_bytes = stage::peak_array_bytes(&cluster.kernels);
     let ranks = agree::gather(transport, Ok(report), None)?;
     let status = match outcome {
         None => 0,

@@ -1,18 +1,22 @@
 //! This rank's slice of the model: token ids or hidden states in, hidden states or logits out.
 //!
 //! A stage that begins the model has an embedding, one that ends it has a head; a stage without either
-//! has no field that could be misused. Arrays are evaluated at the stage's border and nowhere else.
+//! has no field that could be misused.
 
 use crate::checkpoint::{Checkpoint, Consumed};
 use crate::model::{
-    Engine, HeadSpec, Kernels, LinearSpec, Machine, ModelFiles, Part, Parts, Span, Weights,
+    Cuda, Engine, Entering, HeadSpec, Kernels, Leaving, Left, LinearSpec, Machine, ModelFiles,
+    Part, Parts, Span, Wanted, Weights, cuda_compiler, cuda_devices,
 };
 use crate::pipeline::Compute;
 use crate::plan::{self, Role, WireDtype};
+use crate::sampler::Scores;
+use crate::user_cache;
 use crate::wire::{Step, Upkeep};
 use anyhow::{Context, Result, bail, ensure};
-use mlx_rs::{Array, Device, DeviceType, Dtype, memory};
+use mlx_rs::{Device, DeviceType, Dtype, memory};
 use std::sync::Arc;
+use tracing::{info, warn};
 
 /// What a stage's rows are made of.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -28,8 +32,8 @@ enum Inlet {
 enum Outlet {
     /// Hidden states for the next stage.
     Downstream,
-    /// The last stage: logits over this many tokens.
-    Head { vocab_size: usize },
+    /// The last stage: what may come next.
+    Head,
 }
 
 /// What a stage made of a step.
@@ -37,8 +41,8 @@ enum Outlet {
 pub enum Output {
     /// `[rows, hidden]` in the wire dtype, little-endian, for the next rank.
     Hidden(Vec<u8>),
-    /// For every sampled entry in order, its logits over the vocabulary.
-    Logits(Vec<Vec<f32>>),
+    /// What may come next, for every sampled entry in order.
+    Scores(Vec<Scores>),
 }
 
 /// The contiguous layers of one rank, and the caches of the sequences in flight.
@@ -52,7 +56,7 @@ pub struct Stage {
     table_rows: usize,
     /// The head, where there is one, is the embedding table.
     is_tied: bool,
-    wire_dtype: Dtype,
+    wire_dtype: WireDtype,
     core_share: Option<CoreShare>,
 }
 
@@ -88,14 +92,14 @@ impl Stage {
         kernels: &Kernels,
     ) -> Result<(Self, Consumed)> {
         let architecture = &files.architecture;
-        let wire_dtype = to_mlx(wire_dtype);
-        let (inlet, outlet) = ends(stage.role, architecture.vocab_size);
-        let mut weights = Weights::new(checkpoint.reader(), wire_dtype);
+        let (inlet, outlet) = ends(stage.role);
+        let mut weights = Weights::new(checkpoint.reader(), to_mlx(wire_dtype));
         let parts = Parts {
             architecture,
             layers: &architecture.layers[stage.layers.clone()],
             table: (inlet == Inlet::Embedding).then_some(&architecture.embed_tokens),
             head: (outlet != Outlet::Downstream).then(|| architecture.head_weight()),
+            native_dtype: files.native_dtype(),
         };
         let engine = kernels.load(parts, &mut weights)?;
         let consumed = weights.finish(files.inventory.of_stage(stage))?;
@@ -125,8 +129,7 @@ impl Stage {
         kernels: &Kernels,
     ) -> Result<Self> {
         let architecture = &files.architecture;
-        let wire_dtype = to_mlx(wire_dtype);
-        let mut weights = Weights::made_up(&files.checkpoint, wire_dtype);
+        let mut weights = Weights::made_up(&files.checkpoint, to_mlx(wire_dtype));
         let head = head_rows.map(|rows| LinearSpec {
             outputs: rows,
             ..architecture.head_weight().clone()
@@ -136,13 +139,14 @@ impl Stage {
             layers: &architecture.layers[..layers.min(architecture.layers.len())],
             table: None,
             head: head.as_ref(),
+            native_dtype: files.native_dtype(),
         };
         Ok(Self {
             engine: kernels.load(parts, &mut weights)?,
             inlet: Inlet::Upstream,
             outlet: match head_rows {
                 None => Outlet::Downstream,
-                Some(vocab_size) => Outlet::Head { vocab_size },
+                Some(_) => Outlet::Head,
             },
             hidden_size: architecture.hidden_size,
             table_rows: 0,
@@ -155,6 +159,14 @@ impl Stage {
     /// From now on each step is computed on as many of the cores as it leaves to this rank; till then on all.
     pub fn share_cores(&mut self, share: CoreShare) {
         self.core_share = Some(share);
+    }
+
+    /// Makes room for so many tokens in all caches together, where caches have room of their own from the start.
+    ///
+    /// # Errors
+    /// There is no memory for them.
+    pub fn reserve_cache(&mut self, tokens: usize) -> Result<()> {
+        self.engine.reserve(tokens)
     }
 
     /// Computes only the first `count` layers from now on, and forgets all sequences.
@@ -170,72 +182,59 @@ impl Stage {
         self.engine.pretend_cached(slot, tokens)
     }
 
-    /// The step's rows, `[rows, hidden]`.
-    fn enter(&self, step: &Step, payload: &[u8]) -> Result<Array> {
-        let rows = step.row_count();
+    /// What the step's rows are made of, once it is sure that they can be.
+    fn entering<'a>(
+        &self,
+        step: &Step,
+        tokens: &'a [u32],
+        payload: &'a [u8],
+    ) -> Result<Entering<'a>> {
         match self.inlet {
             Inlet::Embedding => {
                 ensure!(payload.is_empty(), "the first stage was sent activations");
-                self.look_up(&step.tokens())
+                self.check_tokens(tokens)?;
+                Ok(Entering::Tokens(tokens))
             }
             Inlet::Upstream => {
-                let expected = rows * self.hidden_size * element_bytes(self.wire_dtype);
+                let rows = step.row_count();
+                let element_bytes = self.wire_dtype.size_bytes();
+                let expected = rows * self.hidden_size * element_bytes;
                 ensure!(
                     payload.len() == expected,
-                    "step {} came with {} bytes of activations, expected {rows} x {} x {} = {expected}",
+                    "step {} came with {} bytes of activations, expected {rows} x {} x {element_bytes} = {expected}",
                     step.number,
                     payload.len(),
                     self.hidden_size,
-                    element_bytes(self.wire_dtype),
                 );
-                let shape = [rows as i32, self.hidden_size as i32];
-                // SAFETY: MLX copies as many bytes as shape and dtype make before it returns; the
-                // length was checked right above.
-                Ok(unsafe {
-                    Array::from_raw_data(payload.as_ptr().cast(), &shape, self.wire_dtype)
-                })
+                Ok(Entering::Hidden(payload))
             }
         }
     }
 
-    /// Rows of the embedding table, `[tokens, hidden]`.
-    fn look_up(&self, tokens: &[u32]) -> Result<Array> {
+    fn check_tokens(&self, tokens: &[u32]) -> Result<()> {
         if let Some(id) = tokens.iter().find(|&&id| id as usize >= self.table_rows) {
             bail!(
                 "token id {id} is outside the vocabulary of {}",
                 self.table_rows
             );
         }
-        self.engine.look_up(tokens)
+        Ok(())
     }
 
-    /// Evaluates what the step becomes.
-    fn leave(&self, step: &Step, parts: &[Part], x: &Array) -> Result<Output> {
-        let Outlet::Head { vocab_size } = self.outlet else {
-            return Ok(Output::Hidden(to_bytes(x)?));
+    /// What is wanted of the step's rows: of the last one of each entry that samples, what comes next.
+    fn wanted(step: &Step, parts: &[Part]) -> Vec<Wanted> {
+        let of_entry = |(entry, part): (&crate::wire::Entry, &Part)| {
+            let params = entry.sample.as_ref()?;
+            Some(Wanted {
+                row: (part.span.row + part.span.count - 1) as u32,
+                is_best_enough: params.takes_the_best(),
+            })
         };
-        let last_rows: Vec<u32> = step
-            .entries
+        step.entries
             .iter()
             .zip(parts)
-            .filter(|(entry, _)| entry.sample.is_some())
-            .map(|(_, part)| (part.span.row + part.span.count - 1) as u32)
-            .collect();
-        if last_rows.is_empty() {
-            // Nothing to read, but the caches must be brought up to date now, while the
-            // step's inputs are here.
-            x.eval()?;
-            return Ok(Output::Logits(Vec::new()));
-        }
-        let logits = self.engine.logits(x, &last_rows)?;
-        logits.eval()?;
-        let logits: Vec<Vec<f32>> = logits
-            .as_slice::<f32>()
-            .chunks_exact(vocab_size)
-            .map(<[f32]>::to_vec)
-            .collect();
-        check_numbers(step, &logits)?;
-        Ok(Output::Logits(logits))
+            .filter_map(of_entry)
+            .collect()
     }
 }
 
@@ -260,10 +259,21 @@ impl Compute for Stage {
             }
         }
         let parts = parts(step)?;
-        let x = self.enter(step, payload)?;
-        let x = self.engine.forward(x, &parts);
-        let x = x.with_context(|| format!("step {}", step.number))?;
-        self.leave(step, &parts, &x)
+        let tokens = step.tokens();
+        let entering = self.entering(step, &tokens, payload)?;
+        let wanted = Self::wanted(step, &parts);
+        let leaving = match self.outlet {
+            Outlet::Downstream => Leaving::Hidden,
+            Outlet::Head => Leaving::Scores(&wanted),
+        };
+        let left = self.engine.run(entering, &parts, leaving);
+        match left.with_context(|| format!("step {}", step.number))? {
+            Left::Hidden(rows) => Ok(Output::Hidden(rows)),
+            Left::Scores(scores) => {
+                check_numbers(step, &scores)?;
+                Ok(Output::Scores(scores))
+            }
+        }
     }
 
     /// `[tokens, hidden]` in the wire dtype, on the stage that holds a tied table for the first.
@@ -272,7 +282,10 @@ impl Compute for Stage {
     /// A token outside the vocabulary, or a stage without the table.
     fn embed(&mut self, tokens: &[u32]) -> Result<Vec<u8>> {
         match self.outlet {
-            Outlet::Head { .. } if self.is_tied => to_bytes(&self.look_up(tokens)?),
+            Outlet::Head if self.is_tied => {
+                self.check_tokens(tokens)?;
+                self.engine.embed(tokens)
+            }
             _ => bail!("this rank holds no embedding table to look tokens up in"),
         }
     }
@@ -289,29 +302,84 @@ pub enum DeviceChoice {
     Gpu,
 }
 
-/// Makes MLX compute on the device chosen, for all that follows in this process.
-///
-/// # Errors
-/// A GPU is asked for where MLX finds none.
-pub fn use_device(choice: DeviceChoice) -> Result<()> {
-    match choice {
-        DeviceChoice::Auto => {}
-        DeviceChoice::Cpu => Device::set_default(&Device::cpu()),
-        DeviceChoice::Gpu if device_kind()? == "gpu" => {}
-        DeviceChoice::Gpu => bail!("--device gpu, but MLX finds no GPU on this host"),
-    }
-    Ok(())
+/// A rank's place among those on its host.
+#[derive(Debug, Clone, Copy)]
+pub struct Seat {
+    /// Counted from 0.
+    pub rank: usize,
+    /// Ranks on the host.
+    pub ranks: usize,
 }
 
-/// The kernels for what MLX computes on here: this program's on a CPU, unless MLX's are asked for, on so many
-/// threads.
+/// What this rank computes with.
+#[derive(Debug)]
+pub struct Computer {
+    /// Its kernels.
+    pub kernels: Kernels,
+    /// `cpu` or `gpu`.
+    pub kind: &'static str,
+    /// Bytes that the ranks of this host have together on its GPUs, where these have memory of their own.
+    pub memory_bytes: Option<u64>,
+}
+
+/// Chooses what this rank computes with, for all that follows in this process: our CUDA kernels where there is a GPU for
+/// them (ranks of one host take its GPUs in turns), else MLX's on its GPU, else ours on the CPU, on so many threads.
 ///
 /// # Errors
-/// MLX cannot tell, or an instruction set that this processor lacks was asked for.
-pub fn kernels(choice: KernelChoice, threads: usize) -> Result<Kernels> {
-    Ok(match (choice, device_kind()?) {
-        (KernelChoice::Own, "cpu") => Kernels::Own(Arc::new(Machine::new(threads)?)),
-        _ => Kernels::Mlx,
+/// A GPU is asked for where there is none, MLX cannot tell, or an instruction set that this processor lacks was asked
+/// for.
+pub fn computer(
+    device: DeviceChoice,
+    kernels: KernelChoice,
+    threads: usize,
+    seat: Seat,
+) -> Result<Computer> {
+    let gpus = match (device, kernels) {
+        (DeviceChoice::Cpu, _) | (_, KernelChoice::Mlx) => 0,
+        (DeviceChoice::Auto | DeviceChoice::Gpu, KernelChoice::Own) => cuda_devices(),
+    };
+    if gpus > 0 {
+        match open_gpu(gpus, seat) {
+            Ok(computer) => return Ok(computer),
+            Err(error) if device == DeviceChoice::Gpu => return Err(error),
+            Err(error) => warn!("not using the GPU: {error:#}"),
+        }
+    }
+    if device == DeviceChoice::Cpu {
+        Device::set_default(&Device::cpu());
+    }
+    let kind = match Device::try_default()?.get_type()? {
+        DeviceType::Cpu => "cpu",
+        DeviceType::Gpu => "gpu",
+    };
+    if device == DeviceChoice::Gpu && kind == "cpu" {
+        bail!("--device gpu, but there is no GPU on this host that this program can use");
+    }
+    Ok(Computer {
+        kernels: match (kernels, kind) {
+            (KernelChoice::Own, "cpu") => Kernels::Own(Arc::new(Machine::new(threads)?)),
+            _ => Kernels::Mlx,
+        },
+        kind,
+        memory_bytes: None,
+    })
+}
+
+/// One of the host's `gpus` GPUs.
+fn open_gpu(gpus: usize, seat: Seat) -> Result<Computer> {
+    cuda_compiler()?;
+    let cuda = Cuda::open(
+        seat.rank % gpus,
+        user_cache::dir().map(|dir| dir.join("cuda")),
+    )?;
+    let ranks = seat.ranks.max(1);
+    // As much as lets the ranks of the fullest GPU have an even share of it.
+    let share = cuda.memory_bytes() / ranks.div_ceil(gpus) as u64;
+    info!(name = cuda.name(), "using a GPU");
+    Ok(Computer {
+        memory_bytes: Some(share * ranks as u64),
+        kernels: Kernels::Cuda(Arc::new(cuda)),
+        kind: "gpu",
     })
 }
 
@@ -324,41 +392,36 @@ pub enum KernelChoice {
     Mlx,
 }
 
-/// The device that MLX computes on here: `cpu` or `gpu`.
-///
-/// # Errors
-/// MLX cannot tell.
-pub fn device_kind() -> Result<&'static str> {
-    Ok(match Device::try_default()?.get_type()? {
-        DeviceType::Cpu => "cpu",
-        DeviceType::Gpu => "gpu",
-    })
-}
-
 /// What a role has at its ends.
-fn ends(role: Role, vocab_size: usize) -> (Inlet, Outlet) {
+fn ends(role: Role) -> (Inlet, Outlet) {
     let inlet = match role {
         Role::Middle | Role::Last | Role::LastWithTable => Inlet::Upstream,
         Role::Only | Role::First => Inlet::Embedding,
     };
     let outlet = match role.owns_head() {
         false => Outlet::Downstream,
-        true => Outlet::Head { vocab_size },
+        true => Outlet::Head,
     };
     (inlet, outlet)
 }
 
-/// Gives back what MLX keeps of arrays that are gone, and counts their peak anew. Where MLX cannot, nothing
+/// Gives back what MLX keeps of arrays that are gone, and counts the peak anew. Where MLX cannot, nothing
 /// but the report is the worse for it.
-pub fn forget_peak() {
+pub fn forget_peak(kernels: &Kernels) {
+    if let Kernels::Cuda(cuda) = kernels {
+        cuda.forget_peak();
+    }
     let _ = memory::clear_cache();
     let _ = memory::reset_peak_memory();
 }
 
-/// Most bytes that MLX ever held in arrays in this process: on a GPU the measure of memory, where the
-/// kernel's count does not see it.
-pub fn peak_array_bytes() -> u64 {
-    memory::peak_memory().map_or(0, |bytes| bytes as u64)
+/// Most bytes that MLX's arrays, or our buffers on a GPU, ever had in this process: on a GPU the measure of memory,
+/// where the kernel's count does not see it.
+pub fn peak_array_bytes(kernels: &Kernels) -> u64 {
+    match kernels {
+        Kernels::Cuda(cuda) => cuda.peak_bytes(),
+        Kernels::Own(_) | Kernels::Mlx => memory::peak_memory().map_or(0, |bytes| bytes as u64),
+    }
 }
 
 /// Where each entry's rows stand.
@@ -387,12 +450,16 @@ fn parts(step: &Step) -> Result<Vec<Part>> {
 }
 
 /// Logits that are not numbers mean broken weights; a token drawn from them would look like an answer.
-fn check_numbers(step: &Step, logits: &[Vec<f32>]) -> Result<()> {
-    for ((entry, _), logits) in step.sampled().zip(logits) {
-        if let Some(token) = logits.iter().position(|logit| logit.is_nan()) {
+fn check_numbers(step: &Step, scores: &[Scores]) -> Result<()> {
+    for ((entry, _), scores) in step.sampled().zip(scores) {
+        let are_numbers = match scores {
+            Scores::All(logits) => logits.iter().all(|logit| !logit.is_nan()),
+            Scores::Best(token) => token.is_some(),
+        };
+        if !are_numbers {
             bail!(
-                "step {}: the logits at position {} are not numbers (the first for token {token}); the \
-                 weights are damaged, or overflow in the dtype computed in",
+                "step {}: the logits at position {} are not numbers; the weights are damaged, or overflow \
+                 in the dtype computed in",
                 step.number,
                 entry.start as usize + entry.tokens.len(),
             );
@@ -408,27 +475,4 @@ fn to_mlx(dtype: WireDtype) -> Dtype {
         WireDtype::F16 => Dtype::Float16,
         WireDtype::Bf16 => Dtype::Bfloat16,
     }
-}
-
-fn element_bytes(dtype: Dtype) -> usize {
-    match dtype {
-        Dtype::Float32 => 4,
-        _ => 2,
-    }
-}
-
-/// The array's elements in row-major order, little-endian.
-fn to_bytes(x: &Array) -> Result<Vec<u8>> {
-    let x = x.contiguous()?;
-    x.eval()?;
-    Ok(match x.dtype() {
-        Dtype::Float32 => bytes_of(x.as_slice::<f32>(), |value| value.to_le_bytes()),
-        Dtype::Float16 => bytes_of(x.as_slice::<half::f16>(), |value| value.to_le_bytes()),
-        Dtype::Bfloat16 => bytes_of(x.as_slice::<half::bf16>(), |value| value.to_le_bytes()),
-        other => bail!("activations of dtype {other:?} cannot be sent"),
-    })
-}
-
-fn bytes_of<T: Copy, const N: usize>(values: &[T], to_le: impl Fn(T) -> [u8; N]) -> Vec<u8> {
-    values.iter().flat_map(|&value| to_le(value)).collect()
 }

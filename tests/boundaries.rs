@@ -81,6 +81,8 @@ fn arrays_are_named_in_the_model_and_the_stage_only() {
 #[test]
 fn the_kernels_are_named_in_the_model_only_and_know_nothing_of_it() {
     assert_eq!(trespassers(&["mlx_pipe_kernels"], &["model/"]), NONE);
+    assert_eq!(trespassers(&["mlx_pipe_cuda"], &["model/cuda/"]), NONE);
+    assert_eq!(trespassers(&["cudarc"], &[]), NONE);
     let of_kernels = files("kernels/src", "");
     assert!(
         of_kernels.len() > 15,
@@ -218,6 +220,7 @@ fn unsafe_code_stands_in_exactly_the_files_that_the_architecture_page_lists() {
     let with_unsafe: BTreeSet<String> = sources()
         .into_iter()
         .chain(of_kernels)
+        .chain(files("cuda/src", ""))
         .filter(|(_, code)| is_unsafe(code))
         .map(|(name, _)| name)
         .collect();

@@ -6,12 +6,15 @@
 mod common;
 
 use common::{Golden, GoldenPrompt, cuts, golden_cases};
-use mlx_pipe::model::{Engine, Kernels, ModelFiles, Part, Parts, Span, Weights};
+use mlx_pipe::model::{
+    Engine, Entering, Kernels, Leaving, Left, ModelFiles, Part, Parts, Span, Wanted, Weights,
+};
 use mlx_pipe::pipeline::Compute;
 use mlx_pipe::plan::{
     Device, LayerRanges, Plan, PlanRequest, Strategy, TiedTable, TimeSource, WireDtype, plan,
 };
-use mlx_pipe::stage::{DeviceChoice, KernelChoice, Output, Stage, kernels, use_device};
+use mlx_pipe::sampler::Scores;
+use mlx_pipe::stage::{DeviceChoice, KernelChoice, Output, Seat, Stage, computer};
 use mlx_pipe::wire::{Entry, SampleParams, Step};
 
 /// Threads of our own kernels: more than one, so that work is divided.
@@ -20,16 +23,37 @@ const THREADS: usize = 2;
 /// Both kinds of kernels, and ‖ours − reference‖ / ‖reference‖ that each may reach: plain f32 arithmetic 1e-4, our
 /// own, which quantise activations to 16 bits, 1e-3 (DESIGN).
 fn both_kernels() -> [(Kernels, f64); 2] {
-    [
-        (kernels(KernelChoice::Mlx, 1).unwrap(), 1e-4),
-        (own(), 1e-3),
-    ]
+    [(on_the_cpu(KernelChoice::Mlx), 1e-4), (own(), 1e-3)]
+}
+
+/// The references were computed in f32 on a CPU; a GPU, where there is one, computes in other dtypes and orders.
+fn on_the_cpu(kernels: KernelChoice) -> Kernels {
+    let seat = Seat { rank: 0, ranks: 1 };
+    computer(DeviceChoice::Cpu, kernels, THREADS, seat)
+        .unwrap()
+        .kernels
 }
 
 fn own() -> Kernels {
-    let kernels = kernels(KernelChoice::Own, THREADS).unwrap();
+    let kernels = on_the_cpu(KernelChoice::Own);
     assert!(matches!(kernels, Kernels::Own(_)));
     kernels
+}
+
+/// What makes a stage give all logits.
+fn all_logits() -> SampleParams {
+    SampleParams {
+        logprobs: Some(0),
+        ..SampleParams::GREEDY
+    }
+}
+
+fn logits(scores: Vec<Scores>) -> Vec<Vec<f32>> {
+    let logits = |scores| match scores {
+        Scores::All(logits) => logits,
+        Scores::Best(token) => panic!("only the best token: {token:?}"),
+    };
+    scores.into_iter().map(logits).collect()
 }
 
 /// A model cut into stages.
@@ -59,7 +83,7 @@ impl Pipeline {
             slot,
             start: start as u32,
             tokens: tokens.to_vec(),
-            sample: Some(SampleParams::GREEDY),
+            sample: Some(all_logits()),
         };
         self.step(vec![entry]).remove(0)
     }
@@ -75,7 +99,7 @@ impl Pipeline {
         for stage in &mut self.stages {
             match stage.run(&step, &payload).unwrap() {
                 Output::Hidden(bytes) => payload = bytes,
-                Output::Logits(logits) => return logits,
+                Output::Scores(scores) => return logits(scores),
             }
         }
         panic!("the last stage gave no logits");
@@ -125,19 +149,12 @@ fn relative_error(ours: &[f32], reference: &[f32]) -> f64 {
     norm(&mut difference.into_iter()) / norm(&mut reference.iter().map(|&v| v as f64))
 }
 
-/// The references were computed in f32 on a CPU; a GPU, where there is one, computes in other dtypes and
-/// orders.
-fn compute_on_the_cpu() {
-    use_device(DeviceChoice::Cpu).unwrap();
-}
-
 fn files(golden: &Golden) -> ModelFiles {
     ModelFiles::open(&golden.dir).unwrap_or_else(|error| panic!("{}: {error:#}", golden.name))
 }
 
 #[test]
 fn logits_and_greedy_tokens_are_those_of_mlx_lm() {
-    compute_on_the_cpu();
     for golden in golden_cases() {
         for (kernels, tolerance) in both_kernels() {
             let worst = worst_error(&golden, &kernels);
@@ -169,7 +186,6 @@ fn worst_error(golden: &Golden, kernels: &Kernels) -> f64 {
 
 #[test]
 fn every_cut_gives_bit_equal_logits() {
-    compute_on_the_cpu();
     for golden in golden_cases() {
         let files = files(&golden);
         let layer_count = files.architecture.layers.len();
@@ -189,7 +205,6 @@ fn every_cut_gives_bit_equal_logits() {
 
 #[test]
 fn decoding_token_by_token_ends_where_prefill_of_the_whole_does() {
-    compute_on_the_cpu();
     for golden in golden_cases() {
         for (kernels, _) in both_kernels() {
             let files = files(&golden);
@@ -203,7 +218,9 @@ fn decoding_token_by_token_ends_where_prefill_of_the_whole_does() {
                 let prefilled = pipeline.run(9, 0, &whole[..whole.len() - 1]);
                 let last = decoded.last().unwrap();
                 match kernels {
-                    Kernels::Own(_) => assert!(*last == prefilled, "{}", golden.name),
+                    Kernels::Own(_) | Kernels::Cuda(_) => {
+                        assert!(*last == prefilled, "{}", golden.name)
+                    }
                     Kernels::Mlx => {
                         let error = relative_error(last, &prefilled);
                         assert!(error < 1e-5, "{}: {error:e}", golden.name);
@@ -216,7 +233,6 @@ fn decoding_token_by_token_ends_where_prefill_of_the_whole_does() {
 
 #[test]
 fn a_prompt_in_chunks_and_a_sequence_cut_back_give_the_same_logits() {
-    compute_on_the_cpu();
     for golden in golden_cases() {
         for (kernels, _) in both_kernels() {
             let files = files(&golden);
@@ -245,7 +261,6 @@ fn a_prompt_in_chunks_and_a_sequence_cut_back_give_the_same_logits() {
 
 #[test]
 fn sequences_that_share_a_step_get_their_own_tokens() {
-    compute_on_the_cpu();
     for golden in golden_cases() {
         for (kernels, _) in both_kernels() {
             let files = files(&golden);
@@ -255,7 +270,7 @@ fn sequences_that_share_a_step_get_their_own_tokens() {
                 slot: slot as u32,
                 start: start as u32,
                 tokens: tokens.to_vec(),
-                sample: Some(SampleParams::GREEDY),
+                sample: Some(all_logits()),
             };
             let prompts = &golden.prompts;
             let prefill = |slot: usize| entry(slot, 0, &prompts[slot].ids);
@@ -286,6 +301,7 @@ impl Whole {
             layers: &architecture.layers,
             table: Some(&architecture.embed_tokens),
             head: Some(architecture.head_weight()),
+            native_dtype: files.native_dtype(),
         };
         let mut weights = Weights::new(files.checkpoint.reader(), mlx_rs::Dtype::Float32);
         Self(kernels.load(parts, &mut weights).unwrap())
@@ -298,11 +314,18 @@ impl Whole {
             count: tokens.len(),
             start,
         };
-        let x = self.0.look_up(tokens)?;
-        let x = self.0.forward(x, &[Part { slot, span }])?;
-        let logits = self.0.logits(&x, &[tokens.len() as u32 - 1])?;
-        logits.eval()?;
-        Ok(logits.as_slice::<f32>().to_vec())
+        let wanted = [Wanted {
+            row: tokens.len() as u32 - 1,
+            is_best_enough: false,
+        }];
+        let leaving = Leaving::Scores(&wanted);
+        match self
+            .0
+            .run(Entering::Tokens(tokens), &[Part { slot, span }], leaving)?
+        {
+            Left::Scores(scores) => Ok(logits(scores).remove(0)),
+            Left::Hidden(_) => panic!("a whole model gave hidden states"),
+        }
     }
 
     /// The same for a sequence that nothing was computed of before.
@@ -314,14 +337,13 @@ impl Whole {
 
 #[test]
 fn a_sequence_that_begins_as_another_goes_on_as_if_it_were_alone() {
-    compute_on_the_cpu();
     // One of each family: caches know nothing of weights.
     let cases = ["qwen3-tied-8bit", "qwen2-tied-8bit", "llama-biases-4bit"];
     for golden in cases.map(common::golden) {
         for (kernels, _) in both_kernels() {
             let mut whole = Whole::load(&files(&golden), &kernels);
             let same = |ours: &[f32], alone: &[f32]| match kernels {
-                Kernels::Own(_) => ours == alone,
+                Kernels::Own(_) | Kernels::Cuda(_) => ours == alone,
                 Kernels::Mlx => relative_error(ours, alone) < 1e-5,
             };
             let [first, tail, other_tail] = [5, 3, 2].map(|index| &golden.prompts[index].ids);
@@ -349,7 +371,6 @@ fn a_sequence_that_begins_as_another_goes_on_as_if_it_were_alone() {
 
 #[test]
 fn a_sequence_cannot_begin_as_more_than_there_is_of_another() {
-    compute_on_the_cpu();
     let golden = &golden_cases()[0];
     for (kernels, _) in both_kernels() {
         let mut whole = Whole::load(&files(golden), &kernels);
@@ -372,7 +393,6 @@ fn a_sequence_cannot_begin_as_more_than_there_is_of_another() {
 
 #[test]
 fn logits_are_bit_equal_on_any_number_of_threads() {
-    compute_on_the_cpu();
     let golden = &golden_cases()[0];
     let ids = &golden.prompts[4].ids;
     for (kernels, _) in both_kernels() {

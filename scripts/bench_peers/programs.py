@@ -33,7 +33,9 @@ def install_peers() -> None:
     venv.create(PEERS_DIR, with_pip=True)
     command = [PEERS_PYTHON, "-m", "pip", "install", "-q", "--disable-pip-version-check"]
     command += ["--no-binary", "llama-cpp-python", *PACKAGES]
-    subprocess.run(command, check=True, env={**os.environ, **BUILD}, stdout=sys.stderr)
+    environment = {**os.environ, **BUILD}
+    environment.pop("PYTHONPATH", None)  # what is there is not in the virtual environment
+    subprocess.run(command, check=True, env=environment, stdout=sys.stderr)
     stamp.write_text(wanted)
 
 

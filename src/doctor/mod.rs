@@ -9,7 +9,7 @@ mod page;
 
 use crate::agree::{self, Failure, KnownTo, Usage};
 use crate::calibrate::{self, Link};
-use crate::cli::{self, RunOptions};
+use crate::cli::{self, ModelOptions, RunOptions};
 use crate::cluster::{self, ClusterFile, DeviceProfile};
 use crate::commands;
 use crate::cores;
@@ -188,15 +188,19 @@ fn facts(options: &RunOptions, model: Option<&str>) -> (Facts, Option<ModelFiles
     let told = |error: anyhow::Error| format!("{error:#}");
     // As a run does before it counts cores.
     cores::undo_default_binding();
-    let chosen = stage::use_device(options.model.device.into());
-    let device = chosen.and_then(|()| stage::device_kind());
+    let ModelOptions {
+        device, kernels, ..
+    } = options.model;
+    let computer = stage::computer(device.into(), kernels.into(), cores::usable(), cli::seat());
     let opened = open(model);
     let facts = Facts {
         host: gethostname::gethostname().to_string_lossy().into_owned(),
         version: meeting::version(),
         mpi: MpiTransport::library(),
         threading: MpiTransport::threading(),
-        device: device.map(str::to_owned).map_err(told),
+        device: computer
+            .map(|computer| computer.kind.to_owned())
+            .map_err(told),
         profile: cluster::probe_local().map_err(|error| error.to_string()),
         available_bytes: cluster::available_bytes(),
         usable_cores: std::thread::available_parallelism().map_or(1, |cores| cores.get() as u64),

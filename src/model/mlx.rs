@@ -2,7 +2,7 @@
 
 use super::architecture::Architecture;
 use super::cache::{KvShape, LayerCache};
-use super::engine::{Engine, Part, Parts, ensure_held, unknown};
+use super::engine::{Arrays, Part, Parts, element_bytes, ensure_held, unknown};
 use super::layer::Layer;
 use super::linear::{Linear, RmsNorm};
 use super::rope::Rope;
@@ -103,7 +103,7 @@ impl MlxEngine {
     }
 }
 
-impl Engine for MlxEngine {
+impl Arrays for MlxEngine {
     fn look_up(&self, tokens: &[u32]) -> Result<Array> {
         let table = self.table.as_ref();
         let table = table.or(self.head.as_ref().map(|(_, projection)| projection));
@@ -157,9 +157,6 @@ impl Engine for MlxEngine {
         self.caches.remove(&slot);
     }
 
-    /// Nothing: MLX has its own way with the cores.
-    fn use_threads(&mut self, _threads: usize) {}
-
     fn use_layers(&mut self, count: usize) {
         self.caches.clear();
         self.used = count.min(self.layers.len());
@@ -187,9 +184,5 @@ fn layer_row_bytes(architecture: &Architecture, dtype: Dtype) -> usize {
         .layers
         .first()
         .map_or(0, |layer| layer.gate_proj.outputs);
-    let element_bytes = match dtype {
-        Dtype::Float32 => 4,
-        _ => 2,
-    };
-    (8 * architecture.hidden_size + 4 * mlp) * element_bytes
+    (8 * architecture.hidden_size + 4 * mlp) * element_bytes(dtype)
 }

@@ -3,11 +3,12 @@
 //! `config.json` becomes an [`Architecture`] (pure: every tensor by name, shape and kind), the
 //! [`Inventory`] holds the checkpoint against it, and [`Weights`] makes arrays of exactly the tensors
 //! that a rank owns. One file per `model_type` says what its family fixes; the forward pass they share is
-//! that of an [`Engine`], of which there are two: MLX's kernels (`mlx`, `layer`, `linear`, `rope`, `cache`), and
-//! those of this program for CPUs (`own`).
+//! that of an [`Engine`], of which there are three: MLX's kernels (`mlx`, `layer`, `linear`, `rope`, `cache`), and
+//! those of this program for CPUs (`own`) and for CUDA (`cuda`).
 
 mod architecture;
 mod cache;
+mod cuda;
 mod engine;
 mod fields;
 mod files;
@@ -29,7 +30,8 @@ pub use architecture::{
     Architecture, ElementKind, Family, HeadSpec, LayerSpec, LinearSpec, NormSpec, RopeScaling,
     TensorSpec,
 };
-pub use engine::{Engine, Kernels, Part, Parts};
+pub use cuda::{Cuda, compiler as cuda_compiler, devices as cuda_devices};
+pub use engine::{Engine, Entering, Kernels, Leaving, Left, Part, Parts, Wanted};
 pub use fields::{ConfigError, Fields};
 pub use files::{ModelFiles, ModelTexts, Outline};
 pub use generation::end_of_sequence_ids;

@@ -2,7 +2,7 @@
 //! loaded, its caches in blocks of 64 tokens.
 
 use super::architecture::{Architecture, LayerSpec, LinearSpec, NormSpec};
-use super::engine::{Engine, Part, Parts, ensure_held, unknown};
+use super::engine::{Arrays, Part, Parts, ensure_held, unknown};
 use super::rope::frequencies;
 use super::weights::Weights;
 use anyhow::{Context, Result, anyhow, ensure};
@@ -145,7 +145,7 @@ impl OwnEngine {
     }
 }
 
-impl Engine for OwnEngine {
+impl Arrays for OwnEngine {
     fn look_up(&self, tokens: &[u32]) -> Result<Array> {
         let table = self.table.as_ref();
         let table = table.or(self.head.as_ref().map(|head| &head.projection));

@@ -2,6 +2,7 @@
 //! which order is checked where it arrives, and so is the end.
 
 use super::*;
+use crate::sampler::Scores;
 use crate::schedule::{self, Forks, Limits, PromptRows};
 use crate::wire::{SampleParams, Upkeep};
 use proptest::prelude::*;
@@ -196,7 +197,7 @@ impl Compute for Sums {
         };
         assert_eq!(incoming.len(), step.row_count());
         let mut left = &incoming[..];
-        let mut logits = Vec::new();
+        let mut scores = Vec::new();
         for entry in &step.entries {
             let (own, others) = left.split_at(entry.tokens.len());
             left = others;
@@ -210,14 +211,14 @@ impl Compute for Sums {
             if entry.sample.is_some() {
                 let best = rows.iter().sum::<u64>() % VOCABULARY as u64;
                 let logit = |id: u32| if id as u64 == best { 1.0 } else { 0.0 };
-                logits.push((0..VOCABULARY).map(logit).collect());
+                scores.push(Scores::All((0..VOCABULARY).map(logit).collect()));
             }
         }
         if !self.is_last {
             let rows = incoming.iter().flat_map(|row| (row + 1).to_le_bytes());
             return Ok(Output::Hidden(rows.collect()));
         }
-        Ok(Output::Logits(logits))
+        Ok(Output::Scores(scores))
     }
 }
 

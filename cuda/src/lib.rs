@@ -1,0 +1,26 @@
+//! The CUDA kernels of `mlx-pipe`.
+//!
+//! MLX's CUDA backend spends more time on building and encoding its graph than the GPU on a decoding step, reads a
+//! quantised weight again for each of a few rows, and its results depend on what is computed together. These kernels
+//! are launched straight through the driver, read weights once for up to 32 rows, and give a token the same bits in
+//! whatever company.
+//!
+//! [`Gpu`] and [`Buffer`] are the device and its memory, [`Kernels`] what can be computed, for one [`Model`]. Driver and
+//! run-time compiler are looked for when the program runs, so that one binary runs with and without a GPU.
+
+#![deny(missing_docs)]
+#![deny(unsafe_op_in_unsafe_fn)]
+
+mod device;
+mod launch;
+mod library;
+mod ops;
+mod program;
+
+pub use device::{Buffer, Gpu, Pinned, Recording, count};
+pub use library::VARIABLE;
+pub use ops::{
+    Best, ELEMENT_BYTES, Epilogue, Kernels, Numbers, Pools, Rotation, TILE, Tiles, Weight,
+    best_bytes, partial_bytes, parts,
+};
+pub use program::{Element, Format, Heads, Model, PAGE_TOKENS, compiler};

@@ -1,0 +1,644 @@
+//! What a stage asks for, as launches of kernels: sizes are checked here, so that no kernel leaves its buffers.
+
+use crate::device::{Buffer, Gpu};
+use crate::launch::{Kernel, Parameter, address};
+use crate::program::{Element, FEW, Format, Heads, Model, PAGE_TOKENS, Program};
+use anyhow::{Context, Result, ensure};
+use std::collections::BTreeMap;
+use std::path::Path;
+use std::sync::Arc;
+
+/// Bytes of an element of activations.
+pub const ELEMENT_BYTES: usize = 2;
+/// Numbers of a tile (`TILE` of the kernels).
+pub const TILE: usize = 5;
+/// Pages of a part of attention (`PART` of the kernels).
+const PART_PAGES: usize = 4;
+/// Rows from which the kernel of many rows is used.
+const MOST_FEW_ROWS: usize = 64;
+/// Thread blocks that look for the best logit of a row.
+const BEST_PARTS: usize = 32;
+
+/// A weight `[outputs, inputs]` on the GPU.
+#[derive(Debug)]
+pub struct Weight {
+    /// What it is made of.
+    pub format: Format,
+    /// Rows, a multiple of 16.
+    pub outputs: usize,
+    /// Width of a row, a multiple of the format's block.
+    pub inputs: usize,
+    /// Codes or elements, row by row.
+    pub codes: Buffer,
+    /// A scale for each group, row by row; unless plain.
+    pub scales: Option<Buffer>,
+    /// A bias for each group, likewise.
+    pub biases: Option<Buffer>,
+    /// A bias for each output.
+    pub bias: Option<Buffer>,
+}
+
+impl Weight {
+    fn check(&self) -> Result<()> {
+        let elements = self.outputs * self.inputs;
+        let groups = elements / self.format.group_size;
+        ensure!(
+            self.format.is_supported()
+                && self.outputs.is_multiple_of(16)
+                && self.inputs.is_multiple_of(self.format.block())
+                && self
+                    .inputs
+                    .is_multiple_of(self.format.group_size.min(self.inputs.max(1)))
+                && self.codes.bytes() >= elements * self.format.bits / 8,
+            "a weight of {} x {} in {:?} has no kernels",
+            self.outputs,
+            self.inputs,
+            self.format
+        );
+        if self.format != Format::PLAIN {
+            for of_groups in [&self.scales, &self.biases] {
+                let bytes = of_groups.as_ref().map_or(0, Buffer::bytes);
+                ensure!(
+                    bytes >= groups * ELEMENT_BYTES,
+                    "a weight without scales or biases"
+                );
+            }
+        }
+        if let Some(bias) = &self.bias {
+            ensure!(
+                bias.bytes() >= self.outputs * ELEMENT_BYTES,
+                "a bias that is too short"
+            );
+        }
+        Ok(())
+    }
+}
+
+/// What is done with the sums of a linear layer.
+#[derive(Debug, Clone, Copy)]
+pub enum Epilogue<'a> {
+    /// They are written as they are.
+    Plain,
+    /// `[rows, outputs]` is added to them. May be the output itself.
+    Add(&'a Buffer),
+    /// Rows of the weight come as eight of a gate and eight of the other factor; `silu(gate) * other` is written,
+    /// `[rows, outputs / 2]`.
+    Gated,
+}
+
+/// Numbers of a step, in one buffer.
+#[derive(Debug, Clone, Copy)]
+pub struct Numbers<'a> {
+    /// All of them, i32.
+    pub buffer: &'a Buffer,
+    /// Where these begin, in numbers.
+    pub at: usize,
+    /// How many they are.
+    pub count: usize,
+}
+
+impl Numbers<'_> {
+    fn address(&self, wanted: usize) -> Result<u64> {
+        ensure!(
+            self.count >= wanted && (self.at + self.count) * 4 <= self.buffer.bytes(),
+            "{} numbers at {} of {} bytes, where {wanted} are needed",
+            self.count,
+            self.at,
+            self.buffer.bytes()
+        );
+        Ok(self.buffer.address() + self.at as u64 * 4)
+    }
+}
+
+/// Keys and values of one layer, in pages.
+#[derive(Debug)]
+pub struct Pools {
+    /// `[pages, kv heads, PAGE_TOKENS, head_dim]`
+    pub keys: Buffer,
+    /// `[pages, kv heads, head_dim, PAGE_TOKENS]`
+    pub values: Buffer,
+}
+
+/// What the norms and rotation of queries and keys need, of one layer.
+#[derive(Debug, Clone, Copy)]
+pub struct Rotation<'a> {
+    /// Weights of the norms of queries and keys over a head, where there are some.
+    pub norms: Option<(&'a Buffer, &'a Buffer)>,
+    /// Added to the mean square.
+    pub eps: f32,
+    /// Radians by which a position turns each pair of a head, f32.
+    pub frequencies: &'a Buffer,
+    /// `[rows, 2]`: position of each token, and its place in the pools (page * PAGE_TOKENS + place in it).
+    pub places: Numbers<'a>,
+}
+
+/// Which tokens attend to which pages.
+#[derive(Debug, Clone, Copy)]
+pub struct Tiles<'a> {
+    /// `[tiles, TILE]`: the first token's row, tokens (at most [`Kernels::few_tokens`]), the first one's position,
+    /// where its sequence's pages begin in `table`, tokens of few tiles before it.
+    pub few: Numbers<'a>,
+    /// The same, of at most [`Kernels::many_tokens`] tokens.
+    pub many: Numbers<'a>,
+    /// Pages of sequences.
+    pub table: Numbers<'a>,
+    /// Parts of the longest sequence in `few`: [`parts`] of its tokens.
+    pub parts: usize,
+    /// Tokens of tiles of few.
+    pub few_tokens: usize,
+}
+
+/// Parts into which attention to so many tokens is cut.
+pub fn parts(tokens: usize) -> usize {
+    tokens.div_ceil(PART_PAGES * PAGE_TOKENS)
+}
+
+/// Bytes of the partial results of attention, for so many tokens in steps of few.
+pub fn partial_bytes(heads: Heads, tokens: usize, parts: usize) -> usize {
+    tokens * heads.queries * parts * (heads.dim + 2) * 4
+}
+
+/// The largest logit of a row.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Best {
+    /// The logit.
+    pub logit: f32,
+    /// Its place, the first of equals; `None` if one of the row's logits is not a number.
+    pub token: Option<u32>,
+}
+
+impl Best {
+    /// Bytes of one on the GPU.
+    pub const BYTES: usize = 8;
+
+    /// Out of its bytes.
+    pub fn from_bytes(bytes: [u8; 8]) -> Self {
+        let [a, b, c, d, e, f, g, h] = bytes;
+        Self {
+            logit: f32::from_le_bytes([a, b, c, d]),
+            token: u32::try_from(i32::from_le_bytes([e, f, g, h])).ok(),
+        }
+    }
+}
+
+/// Bytes of memory that [`Kernels::best`] works in, for so many rows.
+pub fn best_bytes(rows: usize) -> usize {
+    rows * BEST_PARTS * Best::BYTES
+}
+
+/// The kernels of one model on one GPU.
+#[derive(Debug)]
+pub struct Kernels {
+    gpu: Arc<Gpu>,
+    heads: Heads,
+    linear: BTreeMap<Format, LinearKernels>,
+    rms_norm: Kernel,
+    rotate: Kernel,
+    attend_few: Kernel,
+    attend_many: Kernel,
+    join: Kernel,
+    best_of_parts: Kernel,
+    best_of_rows: Kernel,
+}
+
+#[derive(Debug)]
+struct LinearKernels {
+    /// By `FEW`; to elements, and to f32.
+    few: [[Kernel; 2]; FEW.len()],
+    wide: [Kernel; 2],
+    look_up: Kernel,
+}
+
+/// Shared memory of a thread block of the kernel of many rows (`Wide::BYTES` of the kernels): of some blocks of 64 rows
+/// of activations, which stand 16 bytes apart, and of 128 rows of codes.
+fn wide_bytes(format: Format) -> usize {
+    let codes = format.block() * format.bits / 8;
+    let (stages, apart) = match format {
+        Format::PLAIN => (3, 16),
+        _ => (4, 0),
+    };
+    stages * (64 * (format.block() * ELEMENT_BYTES + 16) + 128 * (codes + apart))
+}
+
+/// `Linear` of the kernels.
+#[repr(C)]
+struct Linear {
+    x: u64,
+    weight: u64,
+    scales: u64,
+    biases: u64,
+    bias: u64,
+    residual: u64,
+    out: u64,
+    m: i32,
+    n: i32,
+    k: i32,
+    mode: i32,
+}
+
+// SAFETY: laid out as C lays out the struct of the kernels: addresses first, then numbers of 32 bits.
+unsafe impl Parameter for Linear {}
+
+const ADD_BIAS: i32 = 1;
+const ADD_RESIDUAL: i32 = 2;
+const GATED: i32 = 4;
+
+impl Kernels {
+    /// Compiles them, or loads what an earlier run has left in the folder `cache`.
+    ///
+    /// # Errors
+    /// Something has no kernels, there is no compiler, or the driver fails.
+    pub fn load(gpu: &Arc<Gpu>, model: &Model, cache: Option<&Path>) -> Result<Self> {
+        ensure!(
+            model.heads.is_supported() && model.formats.iter().all(|format| format.is_supported()),
+            "{model:?} has no kernels"
+        );
+        let program = Program::load(gpu, model, cache)?;
+        let kernel = |name: &str, threads| {
+            Ok::<_, anyhow::Error>(Kernel::new(program.function(name)?, threads))
+        };
+        let linear = |format: &Format| {
+            let of = format!("{}_{}", format.bits, format.group_size);
+            let few = |nt: usize| {
+                let name = format!("linear_few_{of}_{nt}");
+                Ok::<_, anyhow::Error>([kernel(&name, 256)?, kernel(&format!("{name}_f32"), 256)?])
+            };
+            let wide = |suffix: &str| {
+                kernel(&format!("linear_wide_{of}{suffix}"), 256)?.with_shared(wide_bytes(*format))
+            };
+            let kernels = LinearKernels {
+                few: [few(FEW[0])?, few(FEW[1])?, few(FEW[2])?],
+                wide: [wide("")?, wide("_f32")?],
+                look_up: kernel(&format!("look_up_{of}"), 256)?,
+            };
+            Ok::<_, anyhow::Error>((*format, kernels))
+        };
+        Ok(Self {
+            gpu: Arc::clone(gpu),
+            heads: model.heads,
+            linear: model.formats.iter().map(linear).collect::<Result<_>>()?,
+            rms_norm: kernel("rms_norm", 256)?,
+            rotate: kernel("rotate", 256)?,
+            attend_few: kernel("attend_few", 128)?,
+            attend_many: kernel("attend_many", 128)?,
+            join: kernel("join", 128)?,
+            best_of_parts: kernel("best_of_parts", 256)?,
+            best_of_rows: kernel("best_of_rows", 32)?,
+        })
+    }
+
+    /// The GPU.
+    pub fn gpu(&self) -> &Arc<Gpu> {
+        &self.gpu
+    }
+
+    /// Most tokens of a tile of few.
+    pub fn few_tokens(&self) -> usize {
+        16 / self.heads.group()
+    }
+
+    /// Most tokens of a tile of many.
+    pub fn many_tokens(&self) -> usize {
+        4 * self.few_tokens()
+    }
+
+    /// `x`: `[rows, inputs]` -> `out`: `[rows, outputs]` (half as wide if gated), elements, or f32 where `to_f32`. The
+    /// bits of a row do not depend on the others.
+    ///
+    /// # Errors
+    /// Buffers that are too small, or the driver fails.
+    pub fn linear(
+        &self,
+        weight: &Weight,
+        x: &Buffer,
+        rows: usize,
+        epilogue: Epilogue,
+        out: &Buffer,
+        to_f32: bool,
+    ) -> Result<()> {
+        weight.check()?;
+        let width = match epilogue {
+            Epilogue::Gated => weight.outputs / 2,
+            _ => weight.outputs,
+        };
+        let out_bytes = if to_f32 { 4 } else { ELEMENT_BYTES };
+        ensure!(rows > 0 && rows < 1 << 24, "{rows} rows");
+        ensure!(
+            x.bytes() >= rows * weight.inputs * ELEMENT_BYTES,
+            "x is too short"
+        );
+        ensure!(
+            out.bytes() >= rows * width * out_bytes,
+            "the output is too short"
+        );
+        let residual = match epilogue {
+            Epilogue::Add(residual) => Some(residual),
+            _ => None,
+        };
+        if let Some(residual) = residual {
+            ensure!(
+                residual.bytes() >= rows * width * ELEMENT_BYTES,
+                "what is added is too short"
+            );
+        }
+        let mode = weight.bias.as_ref().map_or(0, |_| ADD_BIAS)
+            | residual.map_or(0, |_| ADD_RESIDUAL)
+            | match epilogue {
+                Epilogue::Gated => GATED,
+                _ => 0,
+            };
+        ensure!(
+            mode & GATED == 0 || mode == GATED,
+            "a gated layer with a bias has no kernel"
+        );
+        let of = Linear {
+            x: x.address(),
+            weight: weight.codes.address(),
+            scales: address(weight.scales.as_ref()),
+            biases: address(weight.biases.as_ref()),
+            bias: address(weight.bias.as_ref()),
+            residual: address(residual),
+            out: out.address(),
+            m: rows as i32,
+            n: weight.outputs as i32,
+            k: weight.inputs as i32,
+            mode,
+        };
+        let kernels = self
+            .linear
+            .get(&weight.format)
+            .context("a format without kernels")?;
+        let (kernel, grid) = if rows <= MOST_FEW_ROWS {
+            let few = match rows {
+                ..=8 => 0,
+                9..=16 => 1,
+                _ => 2,
+            };
+            let grid = [weight.outputs / 16, rows.div_ceil(8 * FEW[few]), 1];
+            (&kernels.few[few][to_f32 as usize], grid)
+        } else {
+            let grid = [weight.outputs.div_ceil(128), rows.div_ceil(64), 1];
+            (&kernels.wide[to_f32 as usize], grid)
+        };
+        // SAFETY: sizes were checked above; the kernels stay within rows, outputs and inputs.
+        unsafe { kernel.launch(&self.gpu, grid, &[&of]) }
+    }
+
+    /// Rows of a weight: `out[i] = weight[tokens[i]]`, `[tokens, inputs]`.
+    ///
+    /// # Errors
+    /// As [`Self::linear`]. That the tokens are rows of the weight is the caller's to see to.
+    pub fn look_up(&self, weight: &Weight, tokens: Numbers, out: &Buffer) -> Result<()> {
+        weight.check()?;
+        ensure!(
+            out.bytes() >= tokens.count * weight.inputs * ELEMENT_BYTES,
+            "the output is too short"
+        );
+        let kernels = self
+            .linear
+            .get(&weight.format)
+            .context("a format without kernels")?;
+        // SAFETY: sizes were checked above.
+        unsafe {
+            kernels.look_up.launch(
+                &self.gpu,
+                [tokens.count, 1, 1],
+                &[
+                    &weight.codes.address(),
+                    &address(weight.scales.as_ref()),
+                    &address(weight.biases.as_ref()),
+                    &tokens.address(tokens.count)?,
+                    &out.address(),
+                    &(weight.inputs as i32),
+                ],
+            )
+        }
+    }
+
+    /// `out[i] = x[i] / rms(x[i]) * weight`, or of row `rows[i]`: `[count, width]`.
+    ///
+    /// # Errors
+    /// Buffers that are too small, or the driver fails. That `rows` are rows of `x` is the caller's to see to.
+    pub fn rms_norm(
+        &self,
+        x: &Buffer,
+        norm: (&Buffer, f32),
+        rows: Option<Numbers>,
+        out: &Buffer,
+        count: usize,
+        width: usize,
+    ) -> Result<()> {
+        let (weight, eps) = norm;
+        let bytes = width * ELEMENT_BYTES;
+        ensure!(
+            weight.bytes() >= bytes && out.bytes() >= count * bytes,
+            "a buffer is too short"
+        );
+        ensure!(
+            rows.is_some() || x.bytes() >= count * bytes,
+            "x is too short"
+        );
+        let rows = rows.map_or(Ok(0), |rows| rows.address(count))?;
+        // SAFETY: sizes were checked above.
+        unsafe {
+            self.rms_norm.launch(
+                &self.gpu,
+                [count, 1, 1],
+                &[
+                    &x.address(),
+                    &weight.address(),
+                    &rows,
+                    &out.address(),
+                    &(width as i32),
+                    &eps,
+                ],
+            )
+        }
+    }
+
+    /// Norms and rotates the queries and keys of `qkv` (`[rows, (queries + 2 kv) * head_dim]`) -> `queries`
+    /// (`[rows, heads, head_dim]`); keys and values go to their places in the pools.
+    ///
+    /// # Errors
+    /// Buffers that are too small, or the driver fails. That places are in the pools is the caller's to see to.
+    pub fn rotate(
+        &self,
+        qkv: &Buffer,
+        rotation: Rotation,
+        queries: &Buffer,
+        pools: &Pools,
+        rows: usize,
+    ) -> Result<()> {
+        let heads = self.heads;
+        ensure!(
+            qkv.bytes() >= rows * heads.qkv_width() * ELEMENT_BYTES,
+            "qkv is too short"
+        );
+        ensure!(
+            queries.bytes() >= rows * heads.queries * heads.dim * ELEMENT_BYTES,
+            "there is no room for the queries"
+        );
+        ensure!(
+            rotation.frequencies.bytes() >= heads.dim / 2 * 4,
+            "too few frequencies"
+        );
+        ensure!(
+            rotation.norms.is_some() == heads.has_norm,
+            "norms of queries and keys"
+        );
+        let (q_norm, k_norm) = rotation.norms.unzip();
+        for norm in [q_norm, k_norm].into_iter().flatten() {
+            ensure!(
+                norm.bytes() >= heads.dim * ELEMENT_BYTES,
+                "a norm that is too short"
+            );
+        }
+        let warps = rows * (heads.queries + 2 * heads.kv);
+        // SAFETY: sizes were checked above.
+        unsafe {
+            self.rotate.launch(
+                &self.gpu,
+                [warps.div_ceil(8), 1, 1],
+                &[
+                    &qkv.address(),
+                    &address(q_norm),
+                    &address(k_norm),
+                    &rotation.frequencies.address(),
+                    &rotation.places.address(2 * rows)?,
+                    &queries.address(),
+                    &pools.keys.address(),
+                    &pools.values.address(),
+                    &(rows as i32),
+                    &rotation.eps,
+                ],
+            )
+        }
+    }
+
+    /// Causal attention: `queries`, `out`: `[rows, heads, head_dim]`. `partial`: memory to work in, of
+    /// [`partial_bytes`] for its tokens of few tiles. The bits of a token do not depend on how it is tiled.
+    ///
+    /// # Errors
+    /// Buffers that are too small, or the driver fails. That tiles and tables are right is the caller's to see to.
+    pub fn attend(
+        &self,
+        queries: &Buffer,
+        pools: &Pools,
+        tiles: Tiles,
+        partial: &Buffer,
+        out: &Buffer,
+        rows: usize,
+    ) -> Result<()> {
+        let heads = self.heads;
+        let bytes = rows * heads.queries * heads.dim * ELEMENT_BYTES;
+        ensure!(
+            queries.bytes() >= bytes && out.bytes() >= bytes,
+            "a buffer is too short"
+        );
+        let table = tiles.table.address(tiles.table.count)?;
+        let many = tiles.many.count / TILE;
+        if many > 0 {
+            // SAFETY: sizes were checked above.
+            unsafe {
+                self.attend_many.launch(
+                    &self.gpu,
+                    [many, heads.kv, 1],
+                    &[
+                        &queries.address(),
+                        &pools.keys.address(),
+                        &pools.values.address(),
+                        &tiles.many.address(TILE * many)?,
+                        &table,
+                        &out.address(),
+                    ],
+                )?;
+            }
+        }
+        let few = tiles.few.count / TILE;
+        if few > 0 {
+            ensure!(
+                partial.bytes() >= partial_bytes(heads, tiles.few_tokens, tiles.parts),
+                "there is no room for partial results"
+            );
+            let at = tiles.few.address(TILE * few)?;
+            // SAFETY: sizes were checked above.
+            unsafe {
+                self.attend_few.launch(
+                    &self.gpu,
+                    [few, heads.kv, tiles.parts],
+                    &[
+                        &queries.address(),
+                        &pools.keys.address(),
+                        &pools.values.address(),
+                        &at,
+                        &table,
+                        &partial.address(),
+                    ],
+                )?;
+                let warps = self.few_tokens() * heads.queries;
+                self.join.launch(
+                    &self.gpu,
+                    [few, warps.div_ceil(4), 1],
+                    &[
+                        &partial.address(),
+                        &at,
+                        &out.address(),
+                        &(tiles.parts as i32),
+                    ],
+                )?;
+            }
+        }
+        Ok(())
+    }
+
+    /// The best of the first `width` of each row of `logits` (`[rows, stride]`, f32) -> `out`: `[rows]`, each as [`Best::from_bytes`] reads
+    /// it. `work`: [`best_bytes`] of memory.
+    ///
+    /// # Errors
+    /// Buffers that are too small, or the driver fails.
+    pub fn best(
+        &self,
+        logits: &Buffer,
+        rows: usize,
+        [width, stride]: [usize; 2],
+        work: &Buffer,
+        out: &Buffer,
+    ) -> Result<()> {
+        ensure!(
+            width <= stride
+                && logits.bytes() >= rows * stride * 4
+                && work.bytes() >= best_bytes(rows)
+                && out.bytes() >= rows * Best::BYTES,
+            "a buffer is too short"
+        );
+        // SAFETY: sizes were checked above.
+        unsafe {
+            self.best_of_parts.launch(
+                &self.gpu,
+                [BEST_PARTS, rows, 1],
+                &[
+                    &logits.address(),
+                    &(width as i32),
+                    &(stride as i32),
+                    &work.address(),
+                ],
+            )?;
+            self.best_of_rows.launch(
+                &self.gpu,
+                [rows, 1, 1],
+                &[&work.address(), &(BEST_PARTS as i32), &out.address()],
+            )
+        }
+    }
+}
+
+/// How elements are made of the dtypes that checkpoints have.
+impl Element {
+    /// The name of the dtype.
+    pub fn dtype(self) -> &'static str {
+        match self {
+            Self::Bf16 => "bf16",
+            Self::F16 => "f16",
+        }
+    }
+}

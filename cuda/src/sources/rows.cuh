@@ -1,0 +1,185 @@
+// Norms, rotation and the last step of a row.
+
+// Sums over a warp; every lane has the result.
+DEVICE float sum_of_warp(float value) {
+#pragma unroll
+  for (int other = 16; other > 0; other /= 2) {
+    value += __shfl_xor_sync(0xFFFFFFFF, value, other);
+  }
+  return value;
+}
+
+// out[i] = x[rows[i]] / rms * weight (x[i] without `rows`), a thread block of 256 a row.
+template <typename T>
+DEVICE void rms_norm(const T* x, const T* weight, const int* rows, T* out, int width, float eps) {
+  __shared__ float of_warp[8];
+  let_next_begin();
+  wait_for_previous();
+  int row = rows ? rows[blockIdx.x] : blockIdx.x;
+  const T* from = x + size_t(row) * width;
+  T* to = out + size_t(blockIdx.x) * width;
+  float squares = 0;
+  for (int at = threadIdx.x; at < width; at += 256) {
+    float value = float(from[at]);
+    squares = __fmaf_rn(value, value, squares);
+  }
+  squares = sum_of_warp(squares);
+  if (threadIdx.x % 32 == 0) {
+    of_warp[threadIdx.x / 32] = squares;
+  }
+  __syncthreads();
+  squares = 0;
+#pragma unroll
+  for (int warp = 0; warp < 8; ++warp) {
+    squares += of_warp[warp];
+  }
+  float scale = rsqrtf(squares / width + eps);
+  for (int at = threadIdx.x; at < width; at += 256) {
+    to[at] = T(float(from[at]) * scale * float(weight[at]));
+  }
+}
+
+// Queries, keys and values of new tokens: norms over a head where there are some, rotation by position, and keys and
+// values written to their pages. One warp a head of a token.
+//
+// places: [rows, 2], the token's position, and where it stands in the pools (page * PAGE + place in it).
+template <typename T, int QUERY_HEADS, int KV_HEADS, int HEAD_DIM, bool HAS_NORM>
+DEVICE void rotate(const T* qkv, const T* q_norm, const T* k_norm, const float* frequencies, const int* places,
+                   T* queries, T* keys, T* values, int rows, float eps) {
+  constexpr int HEADS = QUERY_HEADS + 2 * KV_HEADS;
+  constexpr int PAIRS = HEAD_DIM / 2;
+  constexpr int EACH = (PAIRS + 31) / 32;
+  let_next_begin();
+  wait_for_previous();
+  int warp = (blockIdx.x * blockDim.x + threadIdx.x) / 32;
+  int lane = threadIdx.x % 32;
+  int row = warp / HEADS;
+  int head = warp % HEADS;
+  if (row >= rows) {
+    return;
+  }
+  const T* from = qkv + size_t(row) * HEADS * HEAD_DIM + head * HEAD_DIM;
+  float low[EACH];
+  float high[EACH];
+#pragma unroll
+  for (int i = 0; i < EACH; ++i) {
+    int pair = lane + 32 * i;
+    low[i] = pair < PAIRS ? float(from[pair]) : 0.0f;
+    high[i] = pair < PAIRS ? float(from[pair + PAIRS]) : 0.0f;
+  }
+  bool is_value = head >= QUERY_HEADS + KV_HEADS;
+  if (!is_value) {
+    if constexpr (HAS_NORM) {
+      const T* weight = head < QUERY_HEADS ? q_norm : k_norm;
+      float squares = 0;
+#pragma unroll
+      for (int i = 0; i < EACH; ++i) {
+        squares += low[i] * low[i] + high[i] * high[i];
+      }
+      float scale = rsqrtf(sum_of_warp(squares) / HEAD_DIM + eps);
+#pragma unroll
+      for (int i = 0; i < EACH; ++i) {
+        int pair = min(lane + 32 * i, PAIRS - 1);
+        low[i] *= scale * float(weight[pair]);
+        high[i] *= scale * float(weight[pair + PAIRS]);
+      }
+    }
+    float position = float(places[2 * row]);
+#pragma unroll
+    for (int i = 0; i < EACH; ++i) {
+      float sine, cosine;
+      sincosf(position * frequencies[min(lane + 32 * i, PAIRS - 1)], &sine, &cosine);
+      float turned = low[i] * cosine - high[i] * sine;
+      high[i] = high[i] * cosine + low[i] * sine;
+      low[i] = turned;
+    }
+  }
+  int target = places[2 * row + 1];
+  size_t page = target / PAGE;
+  int place = target % PAGE;
+#pragma unroll
+  for (int i = 0; i < EACH; ++i) {
+    int pair = lane + 32 * i;
+    if (pair >= PAIRS) {
+      continue;
+    }
+    if (head < QUERY_HEADS) {
+      T* to = queries + (size_t(row) * QUERY_HEADS + head) * HEAD_DIM;
+      to[pair] = T(low[i]);
+      to[pair + PAIRS] = T(high[i]);
+    } else if (!is_value) {
+      // [pages, kv heads, PAGE, head_dim]
+      T* to = keys + ((page * KV_HEADS + head - QUERY_HEADS) * PAGE + place) * HEAD_DIM;
+      to[pair] = T(low[i]);
+      to[pair + PAIRS] = T(high[i]);
+    } else {
+      // [pages, kv heads, head_dim, PAGE]
+      T* to = values + (page * KV_HEADS + head - QUERY_HEADS - KV_HEADS) * HEAD_DIM * PAGE + place;
+      to[pair * PAGE] = T(low[i]);
+      to[(pair + PAIRS) * PAGE] = T(high[i]);
+    }
+  }
+}
+
+// The largest of each row of logits, the first of equals; -1 if one of them is no number. Two kernels: a part of a row
+// to a thread block, then the parts of each row.
+struct Best {
+  float logit;
+  int token;
+};
+
+DEVICE Best better(Best a, Best b) {
+  if (a.token == -1 || b.token == -1) {
+    return {0, -1};
+  }
+  return b.logit > a.logit || (b.logit == a.logit && b.token < a.token) ? b : a;
+}
+
+DEVICE Best best_of_warp(Best best) {
+#pragma unroll
+  for (int other = 16; other > 0; other /= 2) {
+    float logit = __shfl_xor_sync(0xFFFFFFFF, best.logit, other);
+    int token = __shfl_xor_sync(0xFFFFFFFF, best.token, other);
+    best = better(best, {logit, token});
+  }
+  return best;
+}
+
+constexpr int NO_TOKEN = 0x7FFFFFFF;
+
+extern "C" __global__ void __launch_bounds__(256) best_of_parts(const float* logits, int width,
+                                                                    int stride, Best* parts) {
+  __shared__ Best of_warp[8];
+  let_next_begin();
+  wait_for_previous();
+  const float* row = logits + size_t(blockIdx.y) * stride;
+  Best best = {NONE, NO_TOKEN};
+  for (int at = blockIdx.x * 256 + threadIdx.x; at < width; at += gridDim.x * 256) {
+    float logit = row[at];
+    best = better(best, {logit, logit == logit ? at : -1});
+  }
+  best = best_of_warp(best);
+  if (threadIdx.x % 32 == 0) {
+    of_warp[threadIdx.x / 32] = best;
+  }
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    for (int warp = 1; warp < 8; ++warp) {
+      best = better(best, of_warp[warp]);
+    }
+    parts[blockIdx.y * gridDim.x + blockIdx.x] = best;
+  }
+}
+
+extern "C" __global__ void __launch_bounds__(32) best_of_rows(const Best* parts, int count, Best* rows) {
+  let_next_begin();
+  wait_for_previous();
+  Best best = {NONE, NO_TOKEN};
+  for (int at = threadIdx.x; at < count; at += 32) {
+    best = better(best, parts[blockIdx.x * count + at]);
+  }
+  best = best_of_warp(best);
+  if (threadIdx.x == 0) {
+    rows[blockIdx.x] = best;
+  }
+}
