@@ -63,7 +63,7 @@ impl<'r> Sequence<'r> {
     /// # Errors
     /// No tokenizer or template for this kind of prompt, an id outside the vocabulary, or a prompt that
     /// leaves no room for an answer. Boxed, since a line error carries its whole form.
-    pub fn admit(request: Request, rules: &'r Rules) -> Result<Admitted<'r>, Box<LineError>> {
+    pub fn admit(mut request: Request, rules: &'r Rules) -> Result<Admitted<'r>, Box<LineError>> {
         let refuse = |rejection| Box::new(LineError::for_request(&request, rejection));
         let prompt = tokenize(&request, rules).map_err(refuse)?;
         check_prompt(&prompt, rules).map_err(refuse)?;
@@ -88,6 +88,9 @@ impl<'r> Sequence<'r> {
                 .map(|count| count.min(rules.vocab_size.min(255) as u8)),
         };
         let room = rules.context_tokens - prompt.len();
+        // It is tokens now; what they were, which may be much more, is not held as long as the sequence lives.
+        request.prompt = Prompt::Text(String::new());
+        let sampling = &request.sampling;
         let sequence = Self {
             rules,
             prompt_tokens: prompt.len(),

@@ -324,7 +324,10 @@ fn rules(
         return Ok(None);
     }
     let tokenizer = match Tokenizer::load(&files.dir, now_s() as i64) {
-        Ok(tokenizer) => Some(tokenizer),
+        Ok(mut tokenizer) => {
+            tokenizer.limit_texts(plan.context_tokens as usize);
+            Some(tokenizer)
+        }
         Err(TokenizerError::Missing { .. }) => None,
         Err(error) => return Err(error.into()),
     };

@@ -85,7 +85,12 @@ impl SampleParams {
 
     /// The token of the largest logit is all that is asked for.
     pub fn takes_the_best(&self) -> bool {
-        self.temperature == 0.0 && self.repetition_penalty == 1.0 && self.logprobs.is_none()
+        self.temperature == 0.0
+            && self.repetition_penalty == 1.0
+            && self.presence_penalty == 0.0
+            && self.frequency_penalty == 0.0
+            && self.logit_bias.is_empty()
+            && self.logprobs.is_none()
     }
 }
 

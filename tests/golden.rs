@@ -41,10 +41,12 @@ fn own() -> Kernels {
 }
 
 /// What makes a stage give all logits.
-const ALL_LOGITS: SampleParams = SampleParams {
-    logprobs: Some(0),
-    ..SampleParams::GREEDY
-};
+fn all_logits() -> SampleParams {
+    SampleParams {
+        logprobs: Some(0),
+        ..SampleParams::GREEDY
+    }
+}
 
 fn logits(scores: Vec<Scores>) -> Vec<Vec<f32>> {
     let logits = |scores| match scores {
@@ -81,7 +83,7 @@ impl Pipeline {
             slot,
             start: start as u32,
             tokens: tokens.to_vec(),
-            sample: Some(ALL_LOGITS),
+            sample: Some(all_logits()),
         };
         self.step(vec![entry]).remove(0)
     }
@@ -268,7 +270,7 @@ fn sequences_that_share_a_step_get_their_own_tokens() {
                 slot: slot as u32,
                 start: start as u32,
                 tokens: tokens.to_vec(),
-                sample: Some(ALL_LOGITS),
+                sample: Some(all_logits()),
             };
             let prompts = &golden.prompts;
             let prefill = |slot: usize| entry(slot, 0, &prompts[slot].ids);

@@ -1106,6 +1106,24 @@ fn bad_clients_harm_no_others() {
     );
     let reply = server.post_with("/v1/completions", &many, json_type);
     assert!(reply.status == 200 || reply.status == 400);
+    // What would take hundreds of times its size to tokenise.
+    let rank_0 = server.ranks()[0];
+    std::thread::scope(|scope| {
+        for _ in 0..8 {
+            scope.spawn(|| {
+                let digits = json!({"prompt": "1".repeat(900_000)});
+                let error = server.post("/v1/completions", &digits).error(400);
+                assert_eq!(error["code"], "context_length_exceeded");
+            });
+        }
+    });
+    let status = std::fs::read_to_string(format!("/proc/{rank_0}/status")).unwrap();
+    let peak = status
+        .lines()
+        .find_map(|line| line.strip_prefix("VmHWM:"))
+        .unwrap();
+    let peak_kib: u64 = peak.trim().trim_end_matches(" kB").parse().unwrap();
+    assert!(peak_kib < 400_000, "rank 0 held {peak_kib} KiB");
     // Who sends its head, or its body, ever so slowly.
     let began = Instant::now();
     let mut slow_head = server.connect();

@@ -13,6 +13,9 @@ use super::{Chat, Endpoint, Message, Prompt, Rejection, RejectionCode, Role, Sam
 /// How many stop texts a request may name. OpenAI allows 4; templates with several end markers need more.
 pub const STOP_COUNT_MAX: usize = 16;
 
+/// How long a stop text may be: each is held, with nine times its size, by every sequence.
+pub const STOP_BYTES_MAX: usize = 1024;
+
 /// How many answers a request may ask for, over all its prompts, as in OpenAI's API.
 pub const CHOICE_COUNT_MAX: usize = 128;
 
@@ -201,6 +204,10 @@ impl Sampling {
                 &format!("at most {STOP_COUNT_MAX} texts"),
                 &self.stop.len(),
             );
+        }
+        if let Some(long) = self.stop.iter().find(|stop| stop.len() > STOP_BYTES_MAX) {
+            let most = format!("texts of at most {STOP_BYTES_MAX} bytes");
+            return out_of_range("stop", &most, &format_args!("one of {}", long.len()));
         }
         if self.stop.iter().any(String::is_empty) {
             return out_of_range("stop", "texts that are not empty", &"an empty one");

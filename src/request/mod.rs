@@ -25,7 +25,9 @@ use serde_json::{Map, Value};
 
 pub(crate) use answer::Logprobs;
 pub use answer::{Answer, FinishReason, Identity, TokenChoice, TokenLogprob};
-pub use body::{BIAS_COUNT_MAX, Body, CHOICE_COUNT_MAX, STOP_COUNT_MAX, TOP_LOGPROBS_MAX};
+pub use body::{
+    BIAS_COUNT_MAX, Body, CHOICE_COUNT_MAX, STOP_BYTES_MAX, STOP_COUNT_MAX, TOP_LOGPROBS_MAX,
+};
 pub use reader::{LINE_BYTES_MAX, LineError, ReadError, RequestReader};
 pub use writer::{AnswerWriter, Format, Tally, WriteError, Written};
 

@@ -400,6 +400,17 @@ fn sixteen_stop_texts_are_allowed_and_seventeen_are_not() {
 }
 
 #[test]
+fn a_stop_text_may_be_a_thousand_bytes_and_no_more() {
+    let stop = |bytes: usize| with_field(&format!("\"stop\": [\"a\", \"{}\"]", "x".repeat(bytes)));
+    assert!(read_one(&stop(STOP_BYTES_MAX)).is_ok());
+    let rejection = rejection(&stop(STOP_BYTES_MAX + 1));
+    assert_eq!(
+        rejection.message,
+        "`stop` must be texts of at most 1024 bytes, found one of 1025"
+    );
+}
+
+#[test]
 fn both_names_of_max_tokens_must_agree() {
     let line = |old, new| {
         with_field(&format!(

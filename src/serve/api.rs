@@ -137,7 +137,7 @@ async fn read_body(shared: &Shared, request: HttpRequest) -> Result<HeldBody, Ap
             }
             let count = u32::try_from(data.len()).unwrap_or(u32::MAX);
             let more = Arc::clone(&shared.body_bytes).try_acquire_many_owned(count);
-            let more = more.map_err(|_| ApiError::full())?;
+            let more = more.map_err(|_| ApiError::bodies_full())?;
             match &mut held {
                 None => held = Some(more),
                 Some(held) => held.merge(more),

@@ -65,6 +65,17 @@ impl ApiError {
         }
     }
 
+    /// The bodies of requests that have not been read yet hold as much as they may together.
+    pub fn bodies_full() -> Self {
+        Self {
+            code: Some("bodies_full"),
+            message:
+                "the bodies of other requests hold as much memory as they may; try again later"
+                    .into(),
+            ..Self::full()
+        }
+    }
+
     /// The error that a phase means for a request; `None` where requests are answered.
     pub fn of_phase(phase: Phase) -> Option<Self> {
         let unavailable = |code, message: &str, retry_after_s| Self {

@@ -47,6 +47,9 @@ pub struct Tokenizer {
     special_ids: HashSet<u32>,
     chat_template: Option<ChatTemplate>,
     alphabet: Alphabet,
+    /// Longer texts are not tokenised, for they cannot fit into a context of so many tokens.
+    most_text_bytes: usize,
+    context_tokens: usize,
 }
 
 /// How a token's text spells bytes.
@@ -108,6 +111,19 @@ pub enum TokenizerError {
         /// What the tokenizer said.
         what: String,
     },
+    /// The text cannot fit into the context, however it is cut into tokens.
+    #[error(
+        "the prompt has {bytes} bytes of text; more than {most_bytes} are more tokens than a context of {context_tokens} \
+         holds, whatever they are; shorten it, or raise --context if the model allows it"
+    )]
+    TooLong {
+        /// Bytes of the text.
+        bytes: usize,
+        /// Most bytes that may fit.
+        most_bytes: usize,
+        /// Tokens that a sequence may hold.
+        context_tokens: usize,
+    },
     /// There is nothing to continue.
     #[error("the prompt has no tokens; this tokenizer puts none before an empty text")]
     EmptyPrompt,
@@ -115,7 +131,14 @@ pub enum TokenizerError {
 
 impl From<TokenizerError> for Rejection {
     fn from(error: TokenizerError) -> Rejection {
-        Rejection::new(RejectionCode::PromptNotTokenizable, error.to_string())
+        match error {
+            TokenizerError::TooLong { .. } => Rejection::of_field(
+                RejectionCode::ContextLengthExceeded,
+                "prompt",
+                error.to_string(),
+            ),
+            _ => Rejection::new(RejectionCode::PromptNotTokenizable, error.to_string()),
+        }
     }
 }
 
@@ -151,10 +174,28 @@ impl Tokenizer {
                 .collect(),
             chat_template: ChatTemplate::find(directory, &config, &named_tokens, now_s)?,
             alphabet: Alphabet::of(inner.get_decoder()),
+            most_text_bytes: usize::MAX,
+            context_tokens: usize::MAX,
             directory: directory.to_owned(),
             named_tokens,
             inner,
         })
+    }
+
+    /// From now on texts that are more than so many tokens for certain are refused at once. To tokenise them would take
+    /// hundreds of times their size in memory.
+    pub fn limit_texts(&mut self, context_tokens: usize) {
+        let vocabulary = self.inner.get_vocab(true);
+        let longest = vocabulary.keys().map(String::len).max().unwrap_or(1);
+        // What is normalised may become shorter: Unicode's composition makes 3 bytes of 9.
+        let shrinks = match self.inner.get_normalizer() {
+            None => 1,
+            Some(_) => 3,
+        };
+        self.context_tokens = context_tokens;
+        self.most_text_bytes = context_tokens
+            .saturating_mul(longest)
+            .saturating_mul(shrinks);
     }
 
     /// The ids of a prompt; at least one. `raw` takes a [`Prompt::Plain`] as it is; else it is a user message.
@@ -259,6 +300,13 @@ impl Tokenizer {
     }
 
     fn ids(&self, text: &str, add_special_tokens: bool) -> Result<Vec<u32>, TokenizerError> {
+        if text.len() > self.most_text_bytes {
+            return Err(TokenizerError::TooLong {
+                bytes: text.len(),
+                most_bytes: self.most_text_bytes,
+                context_tokens: self.context_tokens,
+            });
+        }
         let encoding = self.inner.encode_fast(text, add_special_tokens);
         let encoding = encoding.map_err(|error| TokenizerError::Encode {
             what: error.to_string(),

@@ -186,6 +186,27 @@ fn truncation_and_padding_of_the_file_are_ignored() {
 }
 
 #[test]
+fn texts_that_cannot_fit_are_refused_before_they_are_tokenised() {
+    let mut tokenizer = load_one(&byte_level());
+    // The longest token and nothing else.
+    let vocabulary = tokenizer.inner.get_vocab(true);
+    let longest = vocabulary.keys().max_by_key(|token| token.len()).unwrap();
+    let text = longest.repeat(50);
+    let ids = tokenizer.encode(&text).unwrap();
+    tokenizer.limit_texts(ids.len());
+    assert_eq!(
+        tokenizer.encode(&text).unwrap(),
+        ids,
+        "what fits is never refused"
+    );
+    let error = tokenizer.encode(&text.repeat(10)).unwrap_err();
+    assert!(matches!(error, TokenizerError::TooLong { .. }), "{error}");
+    let rejection = Rejection::from(error);
+    assert_eq!(rejection.code, RejectionCode::ContextLengthExceeded);
+    assert!(rejection.message.contains("--context"), "{rejection}");
+}
+
+#[test]
 fn the_end_of_sequence_token_is_found_by_its_name() {
     assert_eq!(load_with_template("x").eos_token_id(), Some(END));
     assert_eq!(load_one(&byte_level()).eos_token_id(), None);

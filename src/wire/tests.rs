@@ -170,3 +170,45 @@ fn another_version_and_another_program_are_named() {
     bytes[0] = b'?';
     assert!(decode(&bytes).unwrap_err().to_string().contains("expected"));
 }
+
+#[test]
+fn the_best_is_enough_only_where_nothing_else_counts() {
+    let greedy = SampleParams::GREEDY;
+    assert!(greedy.takes_the_best());
+    // A seed and the length of the prompt change nothing without a draw and without penalties.
+    let same = SampleParams {
+        seed: 5,
+        prompt_tokens: 9,
+        top_k: 3,
+        ..greedy.clone()
+    };
+    assert!(same.takes_the_best());
+    for other in [
+        SampleParams {
+            temperature: 0.1,
+            ..greedy.clone()
+        },
+        SampleParams {
+            repetition_penalty: 1.1,
+            ..greedy.clone()
+        },
+        SampleParams {
+            presence_penalty: 0.1,
+            ..greedy.clone()
+        },
+        SampleParams {
+            frequency_penalty: -0.1,
+            ..greedy.clone()
+        },
+        SampleParams {
+            logit_bias: vec![(1, 2.0)],
+            ..greedy.clone()
+        },
+        SampleParams {
+            logprobs: Some(0),
+            ..greedy.clone()
+        },
+    ] {
+        assert!(!other.takes_the_best(), "{other:?}");
+    }
+}
