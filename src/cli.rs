@@ -76,7 +76,7 @@ pub struct ModelOptions {
     #[arg(long, value_enum, hide_possible_values = true, default_value = "auto")]
     pub device: DeviceName,
 
-    /// What computes on a CPU: own (kernels of this program) or mlx (MLX's, far slower on x86)
+    /// What computes on CPUs and NVIDIA GPUs: own (kernels of this program) or mlx (MLX's, slower)
     #[arg(
         long,
         value_enum,

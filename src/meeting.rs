@@ -11,6 +11,7 @@ use crate::plan::WireDtype;
 use crate::planning;
 use crate::stage::{self, Computer};
 use crate::transport::{MpiTransport, Transport};
+use crate::wait;
 use crate::wire::PROTOCOL_VERSION;
 use anyhow::{Context, Result, anyhow};
 use serde::{Deserialize, Serialize};
@@ -75,11 +76,15 @@ struct Introduction {
 /// Chooses what this rank computes with, and what it says of itself.
 fn introduce(options: &RunOptions, rank: usize) -> Result<(Kernels, Introduction)> {
     cores::undo_default_binding();
-    let threads = options.model.threads.unwrap_or_else(cores::usable);
+    let (usable, seat) = (cores::usable(), cli::seat());
+    if usable >= 2 * seat.ranks {
+        wait::look_often();
+    }
+    let threads = options.model.threads.unwrap_or(usable);
     let ModelOptions {
         device, kernels, ..
     } = options.model;
-    let computer = stage::computer(device.into(), kernels.into(), threads, cli::seat());
+    let computer = stage::computer(device.into(), kernels.into(), threads, seat);
     let computer = computer.map_err(Usage::of)?;
     let introduction = Introduction::of(options, rank, &computer)?;
     Ok((computer.kernels, introduction))

@@ -13,8 +13,9 @@ use std::time::{Duration, Instant};
 
 /// Polls before the first pause: about what a message between processes of one host takes.
 const EAGER_POLLS: u32 = 64;
-/// A pause is this part of the time waited.
-const PAUSE_PART: u32 = 64;
+/// A pause is this part of the time waited, where cores are few; and where they are many.
+const PAUSE_PART: u32 = 32;
+const PAUSE_PART_WITH_CORES: u32 = 64;
 /// Shortest pause: what a system can sleep.
 const SHORTEST_PAUSE: Duration = Duration::from_micros(10);
 /// Longest pause while an answer is due.
@@ -122,9 +123,14 @@ pub fn end_on_signals() -> Result<()> {
     Ok(())
 }
 
-/// Lets this thread, and those that it starts later, sleep as briefly as they ask to. Linux lets sleeps last 50 us longer
-/// unless told otherwise, which between two steps of a fast pipeline is a good part of the time.
-pub fn sleep_exactly() {
+/// Whether there are so many cores that looking often takes none from who computes.
+static HAS_CORES: AtomicBool = AtomicBool::new(false);
+
+/// Lets this thread, and those that it starts later, sleep as briefly as they ask to, and look more often. Linux lets
+/// sleeps last 50 us longer unless told otherwise, which between two steps of a GPU is a good part of the time. For hosts
+/// with cores to spare: elsewhere who looks takes time from who computes.
+pub fn look_often() {
+    HAS_CORES.store(true, Ordering::Relaxed);
     #[cfg(target_os = "linux")]
     {
         let nanoseconds: libc::c_ulong = 1_000;
@@ -227,7 +233,11 @@ impl Patience {
 
 /// The pause of a wait that has taken so long.
 fn pause_after(waited: Duration, longest: Duration) -> Duration {
-    (waited / PAUSE_PART).clamp(SHORTEST_PAUSE, longest)
+    let part = match HAS_CORES.load(Ordering::Relaxed) {
+        true => PAUSE_PART_WITH_CORES,
+        false => PAUSE_PART,
+    };
+    (waited / part).clamp(SHORTEST_PAUSE, longest)
 }
 
 impl Default for Patience {
