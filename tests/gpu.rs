@@ -15,10 +15,12 @@ use mlx_pipe::wire::{Entry, Fork, SampleParams, Step, Upkeep};
 use std::path::Path;
 
 /// What makes a stage give all logits.
-const ALL_LOGITS: SampleParams = SampleParams {
-    logprobs: Some(0),
-    ..SampleParams::GREEDY
-};
+fn all_logits() -> SampleParams {
+    SampleParams {
+        logprobs: Some(0),
+        ..SampleParams::GREEDY
+    }
+}
 
 /// ‖GPU − CPU‖ / ‖CPU‖ of logits that are computed in bf16 (DESIGN).
 const TOLERANCE: f64 = 2e-2;
@@ -101,7 +103,7 @@ impl Pipeline {
 
     /// Logits after the last of a sequence's tokens.
     fn logits(&mut self, slot: u32, start: usize, tokens: &[u32]) -> Vec<f32> {
-        all(self.step(vec![], vec![entry(slot, start, tokens, ALL_LOGITS)])).remove(0)
+        all(self.step(vec![], vec![entry(slot, start, tokens, all_logits())])).remove(0)
     }
 }
 
@@ -211,16 +213,16 @@ fn a_sequence_has_the_same_bits_in_chunks_in_company_in_stages_and_token_by_toke
             let others = [1, 3, 70, 40].map(|count| prompt(9 + round, count));
             let mut entries: Vec<Entry> = (1..)
                 .zip(&others)
-                .map(|(slot, other)| entry(slot, 0, other, ALL_LOGITS))
+                .map(|(slot, other)| entry(slot, 0, other, all_logits()))
                 .collect();
-            entries.insert(2, entry(0, 332, &tokens[332..], ALL_LOGITS));
+            entries.insert(2, entry(0, 332, &tokens[332..], all_logits()));
             let logits = all(one.step(vec![], entries)).remove(2);
             assert!(logits == whole, "{name}: in company");
             let mut few: Vec<Entry> = (1..)
                 .zip(&others)
-                .map(|(slot, other)| entry(slot, other.len(), &[5], ALL_LOGITS))
+                .map(|(slot, other)| entry(slot, other.len(), &[5], all_logits()))
                 .collect();
-            few.push(entry(0, 332, &tokens[332..], ALL_LOGITS));
+            few.push(entry(0, 332, &tokens[332..], all_logits()));
             assert!(
                 all(one.step(vec![], few)).remove(4) == whole,
                 "{name}: decoding in company"
@@ -246,14 +248,14 @@ fn a_fork_goes_on_as_if_it_were_alone_and_so_does_what_it_began_as() {
             tokens: shared as u32,
         };
         let entries = vec![
-            entry(0, shared - 1, &tail, ALL_LOGITS),
-            entry(1, shared, &other, ALL_LOGITS),
+            entry(0, shared - 1, &tail, all_logits()),
+            entry(1, shared, &other, all_logits()),
         ];
         let both = all(model.step(vec![Upkeep::Fork(fork)], entries));
         let alone = |model: &mut Pipeline, begin: &[u32], tail: &[u32]| {
             model.step(
                 vec![Upkeep::Release(9)],
-                vec![entry(8, 0, &[1], ALL_LOGITS)],
+                vec![entry(8, 0, &[1], all_logits())],
             );
             model.logits(9, 0, &[begin, tail].concat())
         };

@@ -2,7 +2,7 @@
 
 use crate::device::{Buffer, Gpu};
 use crate::launch::{Kernel, Parameter, address};
-use crate::program::{Element, FEW, Format, Heads, Model, PAGE_TOKENS, Program};
+use crate::program::{FEW, Format, Heads, Model, PAGE_TOKENS, Program};
 use anyhow::{Context, Result, ensure};
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -45,10 +45,7 @@ impl Weight {
         ensure!(
             self.format.is_supported()
                 && self.outputs.is_multiple_of(16)
-                && self.inputs.is_multiple_of(self.format.block())
-                && self
-                    .inputs
-                    .is_multiple_of(self.format.group_size.min(self.inputs.max(1)))
+                && self.inputs.is_multiple_of(self.format.group_size)
                 && self.codes.bytes() >= elements * self.format.bits / 8,
             "a weight of {} x {} in {:?} has no kernels",
             self.outputs,
@@ -646,17 +643,6 @@ impl Kernels {
                 [rows, 1, 1],
                 &[&work.address(), &(BEST_PARTS as i32), &out.address()],
             )
-        }
-    }
-}
-
-/// How elements are made of the dtypes that checkpoints have.
-impl Element {
-    /// The name of the dtype.
-    pub fn dtype(self) -> &'static str {
-        match self {
-            Self::Bf16 => "bf16",
-            Self::F16 => "f16",
         }
     }
 }
