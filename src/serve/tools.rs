@@ -115,7 +115,10 @@ impl ToolParser {
                 self.is_after_call = true;
                 Part::Call(call)
             }
-            None => Part::Text(format!("{OPEN}{body}{CLOSE}")),
+            None => {
+                self.is_after_call = false;
+                Part::Text(format!("{OPEN}{body}{CLOSE}"))
+            }
         })
     }
 }
