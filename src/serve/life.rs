@@ -120,8 +120,7 @@ pub async fn watch_signals(shared: Arc<Shared>) {
     loop {
         tokio::time::sleep(SIGNAL_POLL).await;
         if wait::check_signals().is_err() {
-            let why =
-                "the server was told to end at once, by a signal of its launcher or a second one";
+            let why = "the server was told to end at once: by its launcher, as where a rank has died, or by a second signal";
             return shared.life.end(Phase::Failed(why));
         }
         if wait::is_draining() {
