@@ -1,12 +1,12 @@
 //! The command line, as types checked once. Defaults stand here and nowhere else; `--help` prints them.
 
+use crate::launcher;
 use crate::plan::{LayerRanges, Strategy, TiedTable};
 use crate::request::{Format, Sampling};
-use crate::stage::{DeviceChoice, KernelChoice, Seat};
+use crate::stage::{DeviceChoice, KernelChoice};
 use clap::{Args, CommandFactory, FromArgMatches, Parser, Subcommand, ValueEnum};
 use std::net::SocketAddr;
 use std::path::PathBuf;
-use std::sync::OnceLock;
 use std::time::Duration;
 
 /// Runs a language model across a few machines, each holding only its own layers.
@@ -509,7 +509,7 @@ impl From<FormatName> for Format {
 
 /// Parses and checks the command line. On an error, or for `--help`, rank 0 prints and every rank ends.
 pub fn parse() -> Cli {
-    let rank = launched_rank();
+    let rank = launcher::rank();
     let matches = command().try_get_matches();
     let cli = matches.and_then(|matches| Cli::from_arg_matches(&matches));
     let cli = cli.and_then(|cli| {
@@ -558,52 +558,11 @@ fn command() -> clap::Command {
     })
 }
 
-/// This process's rank as its launcher says it, before MPI is started; 0 without a launcher. Good enough
-/// to print a usage error once.
-pub fn launched_rank() -> usize {
-    rank_of_launcher().unwrap_or(0)
-}
-
 /// `$MLX_PIPE_MODEL`, the model where neither `--model` nor the cluster file names one.
 pub fn model_of_environment() -> Option<String> {
     std::env::var("MLX_PIPE_MODEL")
         .ok()
         .filter(|model| !model.is_empty())
-}
-
-/// Whether a launcher such as `mpirun` started this process.
-pub fn is_launched() -> bool {
-    rank_of_launcher().is_some()
-}
-
-/// This rank's place among those on its host, as the launcher says; alone where it says nothing.
-pub fn seat() -> Seat {
-    let number = |names: &[&str]| {
-        let mut values = names
-            .iter()
-            .map(|name| std::env::var(name).ok()?.parse().ok());
-        values.find_map(|value| value)
-    };
-    Seat {
-        rank: number(&[
-            "OMPI_COMM_WORLD_LOCAL_RANK",
-            "MPI_LOCALRANKID",
-            "SLURM_LOCALID",
-        ])
-        .unwrap_or(0),
-        ranks: number(&["OMPI_COMM_WORLD_LOCAL_SIZE", "MPI_LOCALNRANKS"]).unwrap_or(1),
-    }
-}
-
-/// What Open MPI, PMIx and MPICH put into a rank's environment. Looked up once, by [`parse`]: starting MPI
-/// without a launcher sets some of it too.
-fn rank_of_launcher() -> Option<usize> {
-    static RANK: OnceLock<Option<usize>> = OnceLock::new();
-    *RANK.get_or_init(|| {
-        ["OMPI_COMM_WORLD_RANK", "PMIX_RANK", "PMI_RANK"]
-            .into_iter()
-            .find_map(|name| std::env::var(name).ok()?.parse().ok())
-    })
 }
 
 /// Threads of a rank; a thousand are a slip of the finger.

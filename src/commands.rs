@@ -5,6 +5,7 @@ use crate::cli::{self, PlanOptions};
 use crate::cluster::{self, ClusterFile, RankDevice};
 use crate::cost_store::{CostStore, Seat};
 use crate::hub::{self, Found};
+use crate::launcher;
 use crate::log::tell;
 use crate::model::Outline;
 use crate::plan::{self, Costs, Gain, ModelShape, Plan, WireDtype};
@@ -182,7 +183,7 @@ pub fn print(text: &str) -> Result<()> {
 
 /// Runs a command, on the first rank only if it was launched on several; tells its error. The exit status.
 pub fn finish(command: impl FnOnce() -> Result<()>) -> ExitCode {
-    if cli::launched_rank() != 0 {
+    if launcher::rank() != 0 {
         return ExitCode::SUCCESS;
     }
     match command() {

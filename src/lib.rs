@@ -32,6 +32,7 @@ pub mod doctor;
 pub mod handover;
 pub mod hub;
 pub mod import;
+pub mod launcher;
 pub mod limits;
 pub mod log;
 pub mod meanwhile;

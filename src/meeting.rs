@@ -6,6 +6,7 @@ use crate::cli::{self, ModelOptions, RunOptions};
 use crate::cluster::{self, ClusterFile, DeviceProfile, RankDevice};
 use crate::cores;
 use crate::cost_store::Seat;
+use crate::launcher;
 use crate::model::{Kernels, ModelFiles};
 use crate::plan::WireDtype;
 use crate::planning;
@@ -76,7 +77,7 @@ struct Introduction {
 /// Chooses what this rank computes with, and what it says of itself.
 fn introduce(options: &RunOptions, rank: usize) -> Result<(Kernels, Introduction)> {
     cores::undo_default_binding();
-    let (usable, seat) = (cores::usable(), cli::seat());
+    let (usable, seat) = (cores::usable(), launcher::seat());
     if usable >= 2 * seat.ranks {
         wait::look_often();
     }

@@ -3,6 +3,7 @@
 //! Under `mpirun` the ranks' standard error is a pipe to it even when a person is watching; so where the
 //! launcher's own standard error can be looked up, that decides.
 
+use crate::launcher;
 use crate::log::tell;
 use crate::pipeline::Seen;
 use crate::wire::Load;
@@ -129,7 +130,7 @@ enum Stream {
 /// Whether a person sees what is written there. Open MPI gives ranks a pseudo-terminal or a pipe whatever
 /// its own streams are, so under `mpirun` those of the launcher count (known on Linux only).
 fn reaches_terminal(stream: Stream) -> bool {
-    if !crate::cli::is_launched() {
+    if !launcher::is_launched() {
         return match stream {
             Stream::Output => io::stdout().is_terminal(),
             Stream::Error => io::stderr().is_terminal(),

@@ -4,11 +4,12 @@
 use crate::agree::{self, Failure, KnownTo, Usage};
 use crate::calibrate;
 use crate::checkpoint::Consumed;
-use crate::cli::{self, RunOptions, ServerOptions};
+use crate::cli::{RunOptions, ServerOptions};
 use crate::cores;
 use crate::cost_store::CostStore;
 use crate::handover;
 use crate::hub::{self, Found};
+use crate::launcher;
 use crate::limits::limits;
 use crate::log::{RankFormat, tell};
 use crate::meeting::{Cluster, Place};
@@ -465,7 +466,7 @@ fn serve(
     limits: Limits,
     worker: &mut Worker<&mut MpiTransport, Stage>,
 ) -> Result<(Written, Measured)> {
-    wait::take_signals_as(match cli::is_launched() {
+    wait::take_signals_as(match launcher::is_launched() {
         true => Signals::DrainUnlessLauncher,
         false => Signals::Drain,
     });
@@ -559,7 +560,7 @@ pub fn end(failure: Failure, rank: usize) -> u8 {
             // Nobody reads the output any more, as with `| head`; or the launcher ends the job, and has
             // said why.
             let is_known = matches!(written, Some(WriteError::Closed { .. }))
-                || (cli::is_launched() && interrupted.is_some_and(|by| by.from_parent));
+                || (launcher::is_launched() && interrupted.is_some_and(|by| by.from_parent));
             if !is_known {
                 tell(&format!(
                     "mlx-pipe: rank {rank} on {}: {error:#}\n",

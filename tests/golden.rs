@@ -5,20 +5,13 @@
 
 mod common;
 
+use common::stages::{Pipeline, THREADS, entry, kernels, logits, relative_error};
 use common::{Golden, GoldenPrompt, cuts, golden_cases};
 use mlx_pipe::model::{
     Engine, Entering, Kernels, Leaving, Left, ModelFiles, Part, Parts, Span, Wanted, Weights,
 };
-use mlx_pipe::pipeline::Compute;
-use mlx_pipe::plan::{
-    Device, LayerRanges, Plan, PlanRequest, Strategy, TiedTable, TimeSource, WireDtype, plan,
-};
-use mlx_pipe::sampler::Scores;
-use mlx_pipe::stage::{DeviceChoice, KernelChoice, Output, Seat, Stage, computer};
-use mlx_pipe::wire::{Entry, SampleParams, Step};
-
-/// Threads of our own kernels: more than one, so that work is divided.
-const THREADS: usize = 2;
+use mlx_pipe::plan::WireDtype;
+use mlx_pipe::stage::{DeviceChoice, KernelChoice};
 
 /// Both kinds of kernels, and ‖ours − reference‖ / ‖reference‖ that each may reach: plain f32 arithmetic 1e-4, our
 /// own, which quantise activations to 16 bits, 1e-3 (DESIGN).
@@ -27,11 +20,8 @@ fn both_kernels() -> [(Kernels, f64); 2] {
 }
 
 /// The references were computed in f32 on a CPU; a GPU, where there is one, computes in other dtypes and orders.
-fn on_the_cpu(kernels: KernelChoice) -> Kernels {
-    let seat = Seat { rank: 0, ranks: 1 };
-    computer(DeviceChoice::Cpu, kernels, THREADS, seat)
-        .unwrap()
-        .kernels
+fn on_the_cpu(choice: KernelChoice) -> Kernels {
+    kernels(DeviceChoice::Cpu, choice)
 }
 
 fn own() -> Kernels {
@@ -40,113 +30,22 @@ fn own() -> Kernels {
     kernels
 }
 
-/// What makes a stage give all logits.
-fn all_logits() -> SampleParams {
-    SampleParams {
-        logprobs: Some(0),
-        ..SampleParams::GREEDY
-    }
+fn load(files: &ModelFiles, cut: &[std::ops::Range<usize>], kernels: &Kernels) -> Pipeline {
+    Pipeline::load(files, cut, kernels, WireDtype::F32)
 }
 
-fn logits(scores: Vec<Scores>) -> Vec<Vec<f32>> {
-    let logits = |scores| match scores {
-        Scores::All(logits) => logits,
-        Scores::Best(token) => panic!("only the best token: {token:?}"),
-    };
-    scores.into_iter().map(logits).collect()
-}
-
-/// A model cut into stages.
-struct Pipeline {
-    stages: Vec<Stage>,
-    next: u64,
-}
-
-impl Pipeline {
-    fn load(files: &ModelFiles, cut: &[std::ops::Range<usize>], kernels: &Kernels) -> Self {
-        let plan = plan_of(files, cut);
-        let stages = plan
-            .stages
-            .iter()
-            .map(|stage| {
-                let dtype = plan.wire_dtype;
-                let loaded = Stage::load(files, &files.checkpoint, stage, dtype, kernels);
-                loaded.unwrap().0
-            })
-            .collect();
-        Self { stages, next: 0 }
+/// The logits of every step of a prompt's greedy continuation.
+fn continue_prompt(pipeline: &mut Pipeline, slot: u32, prompt: &GoldenPrompt) -> Vec<Vec<f32>> {
+    let mut logits = vec![pipeline.run(slot, 0, &prompt.ids)];
+    for (count, token) in prompt.tokens[..prompt.tokens.len() - 1].iter().enumerate() {
+        logits.push(pipeline.run(slot, prompt.ids.len() + count, &[*token]));
     }
-
-    /// Runs tokens of one sequence through all stages; the logits after the last.
-    fn run(&mut self, slot: u32, start: usize, tokens: &[u32]) -> Vec<f32> {
-        let entry = Entry {
-            slot,
-            start: start as u32,
-            tokens: tokens.to_vec(),
-            sample: Some(all_logits()),
-        };
-        self.step(vec![entry]).remove(0)
-    }
-
-    fn step(&mut self, entries: Vec<Entry>) -> Vec<Vec<f32>> {
-        let step = Step {
-            number: self.next,
-            entries,
-            ..Step::default()
-        };
-        self.next += 1;
-        let mut payload = Vec::new();
-        for stage in &mut self.stages {
-            match stage.run(&step, &payload).unwrap() {
-                Output::Hidden(bytes) => payload = bytes,
-                Output::Scores(scores) => return logits(scores),
-            }
-        }
-        panic!("the last stage gave no logits");
-    }
-
-    /// The logits of every step of a prompt's greedy continuation.
-    fn continue_prompt(&mut self, slot: u32, prompt: &GoldenPrompt) -> Vec<Vec<f32>> {
-        let mut logits = vec![self.run(slot, 0, &prompt.ids)];
-        for (count, token) in prompt.tokens[..prompt.tokens.len() - 1].iter().enumerate() {
-            logits.push(self.run(slot, prompt.ids.len() + count, &[*token]));
-        }
-        logits
-    }
-}
-
-fn plan_of(files: &ModelFiles, cut: &[std::ops::Range<usize>]) -> Plan {
-    let devices = vec![
-        Device {
-            name: "here".into(),
-            memory_limit_bytes: 1 << 40,
-            speed: 1,
-            cost: None,
-        };
-        cut.len()
-    ];
-    plan(&PlanRequest {
-        shape: &files.shape(WireDtype::F32, TiedTable::Both),
-        devices: &devices,
-        strategy: Strategy::Manual(LayerRanges(cut.to_vec())),
-        context_tokens: 512,
-        sequences: 1,
-        wire_dtype: WireDtype::F32,
-        links: None,
-        cost_source: TimeSource::Relative,
-    })
-    .unwrap()
+    logits
 }
 
 fn argmax(logits: &[f32]) -> u32 {
     let best = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
     logits.iter().position(|&logit| logit == best).unwrap() as u32
-}
-
-fn relative_error(ours: &[f32], reference: &[f32]) -> f64 {
-    let norm = |values: &mut dyn Iterator<Item = f64>| values.map(|v| v * v).sum::<f64>().sqrt();
-    let difference = ours.iter().zip(reference).map(|(a, b)| (*a - *b) as f64);
-    norm(&mut difference.into_iter()) / norm(&mut reference.iter().map(|&v| v as f64))
 }
 
 fn files(golden: &Golden) -> ModelFiles {
@@ -172,9 +71,9 @@ fn worst_error(golden: &Golden, kernels: &Kernels) -> f64 {
     let files = files(golden);
     let mut worst = 0.0f64;
     let cut = &cuts(files.architecture.layers.len(), 1)[0];
-    let mut whole = Pipeline::load(&files, cut, kernels);
+    let mut whole = load(&files, cut, kernels);
     for (slot, prompt) in golden.prompts.iter().enumerate() {
-        let logits = whole.continue_prompt(slot as u32, prompt);
+        let logits = continue_prompt(&mut whole, slot as u32, prompt);
         let tokens: Vec<u32> = logits.iter().map(|logits| argmax(logits)).collect();
         assert_eq!(tokens, prompt.tokens, "{} prompt {slot}", golden.name);
         for (step, reference) in golden.logit_steps.iter().zip(&prompt.logits) {
@@ -191,11 +90,11 @@ fn every_cut_gives_bit_equal_logits() {
         let layer_count = files.architecture.layers.len();
         let prompt = &golden.prompts[2];
         for (kernels, _) in both_kernels() {
-            let mut whole = Pipeline::load(&files, &cuts(layer_count, 1)[0], &kernels);
-            let whole = whole.continue_prompt(0, prompt);
+            let mut whole = load(&files, &cuts(layer_count, 1)[0], &kernels);
+            let whole = continue_prompt(&mut whole, 0, prompt);
             for ranks in 2..=4 {
                 for cut in cuts(layer_count, ranks) {
-                    let parts = Pipeline::load(&files, &cut, &kernels).continue_prompt(0, prompt);
+                    let parts = continue_prompt(&mut load(&files, &cut, &kernels), 0, prompt);
                     assert!(parts == whole, "{}: {cut:?} differs", golden.name);
                 }
             }
@@ -209,11 +108,11 @@ fn decoding_token_by_token_ends_where_prefill_of_the_whole_does() {
         for (kernels, _) in both_kernels() {
             let files = files(&golden);
             let cut = &cuts(files.architecture.layers.len(), 2)[1];
-            let mut pipeline = Pipeline::load(&files, cut, &kernels);
+            let mut pipeline = load(&files, cut, &kernels);
             // The fourth prompt and its continuation pass no block border, the sixth passes one.
             for (slot, index) in [3, 5].into_iter().enumerate() {
                 let prompt = &golden.prompts[index];
-                let decoded = pipeline.continue_prompt(slot as u32, prompt);
+                let decoded = continue_prompt(&mut pipeline, slot as u32, prompt);
                 let whole: Vec<u32> = prompt.ids.iter().chain(&prompt.tokens).copied().collect();
                 let prefilled = pipeline.run(9, 0, &whole[..whole.len() - 1]);
                 let last = decoded.last().unwrap();
@@ -237,7 +136,7 @@ fn a_prompt_in_chunks_and_a_sequence_cut_back_give_the_same_logits() {
         for (kernels, _) in both_kernels() {
             let files = files(&golden);
             let cut = &cuts(files.architecture.layers.len(), 3)[0];
-            let mut pipeline = Pipeline::load(&files, cut, &kernels);
+            let mut pipeline = load(&files, cut, &kernels);
             let prompt = &golden.prompts[3];
             let whole = pipeline.run(0, 0, &prompt.ids);
             for chunk in [1, 5, 32] {
@@ -265,22 +164,21 @@ fn sequences_that_share_a_step_get_their_own_tokens() {
         for (kernels, _) in both_kernels() {
             let files = files(&golden);
             let cut = &cuts(files.architecture.layers.len(), 2)[0];
-            let mut pipeline = Pipeline::load(&files, cut, &kernels);
-            let entry = |slot: usize, start: usize, tokens: &[u32]| Entry {
-                slot: slot as u32,
-                start: start as u32,
-                tokens: tokens.to_vec(),
-                sample: Some(all_logits()),
-            };
+            let mut pipeline = load(&files, cut, &kernels);
             let prompts = &golden.prompts;
-            let prefill = |slot: usize| entry(slot, 0, &prompts[slot].ids);
-            let decode =
-                |slot: usize| entry(slot, prompts[slot].ids.len(), &prompts[slot].tokens[..1]);
-            let alone = pipeline.step(vec![prefill(2)]);
-            let first = pipeline.step(vec![prefill(1), prefill(3)]);
+            let prefill = |slot: usize| entry(slot as u32, 0, &prompts[slot].ids);
+            let decode = |slot: usize| {
+                entry(
+                    slot as u32,
+                    prompts[slot].ids.len(),
+                    &prompts[slot].tokens[..1],
+                )
+            };
+            let alone = pipeline.logits(vec![prefill(2)]);
+            let first = pipeline.logits(vec![prefill(1), prefill(3)]);
             assert_eq!(argmax(&first[0]), prompts[1].tokens[0], "{}", golden.name);
             assert_eq!(argmax(&first[1]), prompts[3].tokens[0], "{}", golden.name);
-            let second = pipeline.step(vec![decode(3), prefill(2), decode(1)]);
+            let second = pipeline.logits(vec![decode(3), prefill(2), decode(1)]);
             assert_eq!(argmax(&second[0]), prompts[3].tokens[1], "{}", golden.name);
             assert_eq!(argmax(&second[1]), prompts[2].tokens[0], "{}", golden.name);
             assert_eq!(argmax(&second[2]), prompts[1].tokens[1], "{}", golden.name);

@@ -4,138 +4,36 @@
 
 mod common;
 
+use common::stages::{Pipeline, entry, kernels, logits, relative_error};
 use mlx_pipe::model::{Kernels, ModelFiles};
-use mlx_pipe::pipeline::Compute;
-use mlx_pipe::plan::{
-    Device, LayerRanges, PlanRequest, Strategy, TiedTable, TimeSource, WireDtype, plan,
-};
+use mlx_pipe::plan::WireDtype;
 use mlx_pipe::sampler::Scores;
-use mlx_pipe::stage::{DeviceChoice, KernelChoice, Output, Seat, Stage, computer};
-use mlx_pipe::wire::{Entry, Fork, SampleParams, Step, Upkeep};
+use mlx_pipe::stage::{DeviceChoice, KernelChoice};
+use mlx_pipe::wire::{Entry, Fork, SampleParams, Upkeep};
+use std::ops::Range;
 use std::path::Path;
-
-/// What makes a stage give all logits.
-fn all_logits() -> SampleParams {
-    SampleParams {
-        logprobs: Some(0),
-        ..SampleParams::GREEDY
-    }
-}
 
 /// ‖GPU − CPU‖ / ‖CPU‖ of logits that are computed in bf16 (DESIGN).
 const TOLERANCE: f64 = 2e-2;
 
-fn kernels(device: DeviceChoice) -> Kernels {
-    let seat = Seat { rank: 0, ranks: 1 };
-    let computer = computer(device, KernelChoice::Own, 2, seat).unwrap();
-    computer.kernels
-}
-
 fn gpu() -> Kernels {
-    let kernels = kernels(DeviceChoice::Gpu);
+    let kernels = kernels(DeviceChoice::Gpu, KernelChoice::Own);
     assert!(matches!(kernels, Kernels::Cuda(_)), "{kernels:?}");
     kernels
 }
 
-/// A model in stages of this process.
-struct Pipeline {
-    stages: Vec<Stage>,
-    number: u64,
+fn load(dir: &Path, kernels: &Kernels, cut: &[Range<usize>], dtype: WireDtype) -> Pipeline {
+    Pipeline::load(&ModelFiles::open(dir).unwrap(), cut, kernels, dtype)
 }
 
-impl Pipeline {
-    fn load(
-        dir: &Path,
-        kernels: &Kernels,
-        cut: &[std::ops::Range<usize>],
-        dtype: WireDtype,
-    ) -> Self {
-        let files = ModelFiles::open(dir).unwrap();
-        let device = Device {
-            name: "here".into(),
-            memory_limit_bytes: 1 << 40,
-            speed: 1,
-            cost: None,
-        };
-        let plan = plan(&PlanRequest {
-            shape: &files.shape(dtype, TiedTable::Both),
-            devices: &vec![device; cut.len()],
-            strategy: Strategy::Manual(LayerRanges(cut.to_vec())),
-            context_tokens: 2048,
-            sequences: 1,
-            wire_dtype: dtype,
-            links: None,
-            cost_source: TimeSource::Estimated,
-        })
-        .unwrap();
-        let load = |stage| {
-            Stage::load(&files, &files.checkpoint, stage, dtype, kernels)
-                .unwrap()
-                .0
-        };
-        Self {
-            stages: plan.stages.iter().map(load).collect(),
-            number: 0,
-        }
-    }
-
-    fn whole(dir: &Path, kernels: &Kernels, layers: usize, dtype: WireDtype) -> Self {
-        Self::load(dir, kernels, std::slice::from_ref(&(0..layers)), dtype)
-    }
-
-    fn step(&mut self, upkeep: Vec<Upkeep>, entries: Vec<Entry>) -> Vec<Scores> {
-        let step = Step {
-            number: self.number,
-            upkeep,
-            entries,
-            ..Step::default()
-        };
-        self.number += 1;
-        let mut payload = Vec::new();
-        for stage in &mut self.stages {
-            match stage.run(&step, &payload).unwrap() {
-                Output::Hidden(bytes) => payload = bytes,
-                Output::Scores(scores) => return scores,
-            }
-        }
-        panic!("the last stage gave no scores");
-    }
-
-    /// Logits after the last of a sequence's tokens.
-    fn logits(&mut self, slot: u32, start: usize, tokens: &[u32]) -> Vec<f32> {
-        all(self.step(vec![], vec![entry(slot, start, tokens, all_logits())])).remove(0)
-    }
-}
-
-fn entry(slot: u32, start: usize, tokens: &[u32], sample: SampleParams) -> Entry {
-    Entry {
-        slot,
-        start: start as u32,
-        tokens: tokens.to_vec(),
-        sample: Some(sample),
-    }
-}
-
-fn all(scores: Vec<Scores>) -> Vec<Vec<f32>> {
-    let logits = |scores| match scores {
-        Scores::All(logits) => logits,
-        Scores::Best(token) => panic!("only the best token: {token:?}"),
-    };
-    scores.into_iter().map(logits).collect()
+fn whole(dir: &Path, kernels: &Kernels, layers: usize, dtype: WireDtype) -> Pipeline {
+    load(dir, kernels, std::slice::from_ref(&(0..layers)), dtype)
 }
 
 fn prompt(seed: u32, tokens: usize) -> Vec<u32> {
     (0..tokens as u32)
         .map(|position| (7919 * position + 10473 * seed) % 40_000 + 100)
         .collect()
-}
-
-fn relative_error(ours: &[f32], reference: &[f32]) -> f64 {
-    let norm = |values: &mut dyn Iterator<Item = f64>| {
-        values.map(|value| value * value).sum::<f64>().sqrt()
-    };
-    let mut difference = ours.iter().zip(reference).map(|(a, b)| (*a - *b) as f64);
-    norm(&mut difference) / norm(&mut reference.iter().map(|&value| value as f64))
 }
 
 /// The largest logit's place, and by how much it is larger than the next.
@@ -164,15 +62,15 @@ fn checkpoints() -> Vec<(String, std::path::PathBuf, usize)> {
 #[test]
 #[ignore = "needs an NVIDIA GPU"]
 fn logits_are_those_of_the_cpu_within_bf16() {
-    let (gpu, cpu) = (gpu(), kernels(DeviceChoice::Cpu));
+    let (gpu, cpu) = (gpu(), kernels(DeviceChoice::Cpu, KernelChoice::Own));
     for (name, dir, layers) in checkpoints() {
-        let mut on_gpu = Pipeline::whole(&dir, &gpu, layers, WireDtype::Bf16);
-        let mut on_cpu = Pipeline::whole(&dir, &cpu, layers, WireDtype::F32);
+        let mut on_gpu = whole(&dir, &gpu, layers, WireDtype::Bf16);
+        let mut on_cpu = whole(&dir, &cpu, layers, WireDtype::F32);
         let (mut worst, mut equal, mut clear) = (0f64, 0, 0);
         for (slot, tokens) in [1, 5, 64, 65, 300].into_iter().enumerate() {
             let prompt = prompt(slot as u32, tokens);
-            let ours = on_gpu.logits(slot as u32, 0, &prompt);
-            let reference = on_cpu.logits(slot as u32, 0, &prompt);
+            let ours = on_gpu.run(slot as u32, 0, &prompt);
+            let reference = on_cpu.run(slot as u32, 0, &prompt);
             let error = relative_error(&ours, &reference);
             worst = worst.max(error);
             let scale = reference
@@ -198,38 +96,38 @@ fn a_sequence_has_the_same_bits_in_chunks_in_company_in_stages_and_token_by_toke
     let gpu = gpu();
     for (name, dir, layers) in checkpoints() {
         let tokens = prompt(1, 333);
-        let mut one = Pipeline::whole(&dir, &gpu, layers, WireDtype::Bf16);
-        let whole = one.logits(0, 0, &tokens);
+        let mut one = whole(&dir, &gpu, layers, WireDtype::Bf16);
+        let whole = one.run(0, 0, &tokens);
         for chunk in [1, 7, 64, 100, 200] {
             let mut last = Vec::new();
             for (index, part) in tokens.chunks(chunk).enumerate() {
-                last = one.logits(0, index * chunk, part);
+                last = one.run(0, index * chunk, part);
             }
             assert!(last == whole, "{name}: in chunks of {chunk}");
         }
         // With others before and behind it, of many sizes; the same again, as a recording is made and played.
         for round in 0..4 {
-            one.logits(0, 0, &tokens[..332]);
+            one.run(0, 0, &tokens[..332]);
             let others = [1, 3, 70, 40].map(|count| prompt(9 + round, count));
             let mut entries: Vec<Entry> = (1..)
                 .zip(&others)
-                .map(|(slot, other)| entry(slot, 0, other, all_logits()))
+                .map(|(slot, other)| entry(slot, 0, other))
                 .collect();
-            entries.insert(2, entry(0, 332, &tokens[332..], all_logits()));
-            let logits = all(one.step(vec![], entries)).remove(2);
+            entries.insert(2, entry(0, 332, &tokens[332..]));
+            let logits = one.logits(entries).remove(2);
             assert!(logits == whole, "{name}: in company");
             let mut few: Vec<Entry> = (1..)
                 .zip(&others)
-                .map(|(slot, other)| entry(slot, other.len(), &[5], all_logits()))
+                .map(|(slot, other)| entry(slot, other.len(), &[5]))
                 .collect();
-            few.push(entry(0, 332, &tokens[332..], all_logits()));
+            few.push(entry(0, 332, &tokens[332..]));
             assert!(
-                all(one.step(vec![], few)).remove(4) == whole,
+                one.logits(few).remove(4) == whole,
                 "{name}: decoding in company"
             );
         }
-        let mut two = Pipeline::load(&dir, &gpu, &[0..1, 1..layers], WireDtype::Bf16);
-        assert!(two.logits(0, 0, &tokens) == whole, "{name}: in two stages");
+        let mut two = load(&dir, &gpu, &[0..1, 1..layers], WireDtype::Bf16);
+        assert!(two.run(0, 0, &tokens) == whole, "{name}: in two stages");
     }
 }
 
@@ -238,26 +136,20 @@ fn a_sequence_has_the_same_bits_in_chunks_in_company_in_stages_and_token_by_toke
 fn a_fork_goes_on_as_if_it_were_alone_and_so_does_what_it_began_as() {
     let gpu = gpu();
     let (_, dir, layers) = checkpoints().remove(0);
-    let mut model = Pipeline::whole(&dir, &gpu, layers, WireDtype::Bf16);
+    let mut model = whole(&dir, &gpu, layers, WireDtype::Bf16);
     let (first, tail, other) = (prompt(1, 200), prompt(2, 3), prompt(3, 90));
     for shared in [1, 63, 64, 100, 200] {
-        model.logits(0, 0, &first);
+        model.run(0, 0, &first);
         let fork = Fork {
             from: 0,
             to: 1,
             tokens: shared as u32,
         };
-        let entries = vec![
-            entry(0, shared - 1, &tail, all_logits()),
-            entry(1, shared, &other, all_logits()),
-        ];
-        let both = all(model.step(vec![Upkeep::Fork(fork)], entries));
+        let entries = vec![entry(0, shared - 1, &tail), entry(1, shared, &other)];
+        let both = logits(model.step(vec![Upkeep::Fork(fork)], entries));
         let alone = |model: &mut Pipeline, begin: &[u32], tail: &[u32]| {
-            model.step(
-                vec![Upkeep::Release(9)],
-                vec![entry(8, 0, &[1], all_logits())],
-            );
-            model.logits(9, 0, &[begin, tail].concat())
+            model.step(vec![Upkeep::Release(9)], vec![entry(8, 0, &[1])]);
+            model.run(9, 0, &[begin, tail].concat())
         };
         assert!(
             both[0] == alone(&mut model, &first[..shared - 1], &tail),
@@ -275,11 +167,17 @@ fn a_fork_goes_on_as_if_it_were_alone_and_so_does_what_it_began_as() {
 fn the_best_token_is_that_of_the_logits() {
     let gpu = gpu();
     let (_, dir, layers) = checkpoints().remove(0);
-    let mut model = Pipeline::whole(&dir, &gpu, layers, WireDtype::Bf16);
+    let mut model = whole(&dir, &gpu, layers, WireDtype::Bf16);
     for tokens in [1, 2, 40, 100] {
         let prompt = prompt(tokens as u32, tokens);
-        let (expected, _) = best(&model.logits(0, 0, &prompt));
-        let scores = model.step(vec![], vec![entry(0, 0, &prompt, SampleParams::GREEDY)]);
+        let (expected, _) = best(&model.run(0, 0, &prompt));
+        let scores = model.step(
+            vec![],
+            vec![Entry {
+                sample: Some(SampleParams::GREEDY),
+                ..entry(0, 0, &prompt)
+            }],
+        );
         assert_eq!(scores, [Scores::Best(Some(expected as u32))]);
     }
 }

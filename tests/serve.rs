@@ -156,6 +156,23 @@ impl Server {
         )
     }
 
+    /// A request that waits for its turn; the connection once it is the only one that does.
+    fn begin_waiting(&self, body: &Value) -> TcpStream {
+        let waiting = self.connect();
+        let request = self.request(
+            "/v1/completions",
+            &body.to_string(),
+            "Content-Type: application/json\r\n",
+        );
+        (&waiting).write_all(request.as_bytes()).unwrap();
+        let since = Instant::now();
+        while self.get("/api/pipeline").json()["waiting"] != 1 {
+            assert!(since.elapsed() < common::LIMIT, "it does not wait");
+            std::thread::sleep(common::POLL);
+        }
+        waiting
+    }
+
     /// Begins an answer in pieces; the connection once the first piece has come.
     fn begin_stream(&self, body: &Value) -> TcpStream {
         let mut body = body.clone();
@@ -914,16 +931,7 @@ fn a_client_that_goes_away_frees_its_place_at_once() {
     }
     // One that waits for its turn, and one whose whole answer nobody waits for.
     let running = server.begin_stream(&endless);
-    let waiting = server.connect();
-    let request = server.request(
-        "/v1/completions",
-        &endless.to_string(),
-        "Content-Type: application/json\r\n",
-    );
-    (&waiting).write_all(request.as_bytes()).unwrap();
-    while server.get("/api/pipeline").json()["waiting"] != 1 {
-        std::thread::sleep(Duration::from_millis(20));
-    }
+    let waiting = server.begin_waiting(&endless);
     drop(running);
     std::thread::sleep(Duration::from_millis(200));
     drop(waiting);
@@ -938,26 +946,14 @@ fn more_than_may_wait_is_refused_and_may_try_again() {
     let server = Server::start("queue", &["--max-sequences", "1", "--max-queue", "1"]);
     let endless = json!({"prompt": "Once upon a time", "max_tokens": 3500, "logit_bias": {"0": -100, "2": -100}});
     let running = server.begin_stream(&endless);
-    let waiting = server.connect();
-    let request = server.request(
-        "/v1/completions",
-        &endless.to_string(),
-        "Content-Type: application/json\r\n",
-    );
-    (&waiting).write_all(request.as_bytes()).unwrap();
-    while server.get("/api/pipeline").json()["waiting"] != 1 {
-        std::thread::sleep(Duration::from_millis(20));
-    }
+    let waiting = server.begin_waiting(&endless);
     let refused = server.post("/v1/completions", &json!({"prompt": "a"}));
     assert_eq!(refused.error(429)["type"], "rate_limit_error");
     assert!(refused.head.contains("retry-after: 1"), "{}", refused.head);
     // One that goes away while it waits makes room for another, though nothing has ended.
     drop(waiting);
     std::thread::sleep(Duration::from_millis(300));
-    let waiting = server.connect();
-    (&waiting).write_all(request.as_bytes()).unwrap();
-    std::thread::sleep(Duration::from_millis(300));
-    assert_eq!(server.get("/api/pipeline").json()["waiting"], 1);
+    let waiting = server.begin_waiting(&endless);
     assert_eq!(server.metric("requests_total{outcome=\"full\"}"), 1.0);
     let never = server
         .post("/v1/completions", &json!({"prompt": "a", "n": 3}))

@@ -12,15 +12,17 @@
 #![deny(unsafe_op_in_unsafe_fn)]
 
 mod device;
+mod kernels;
 mod launch;
 mod library;
-mod ops;
+mod operands;
 mod program;
 
 pub use device::{Buffer, Gpu, Pinned, Recording, count};
+pub use kernels::Kernels;
 pub use library::VARIABLE;
-pub use ops::{
-    AttendWork, Best, ELEMENT_BYTES, Epilogue, Kernels, Numbers, Pools, Rotation, TILE, Tiles,
-    Weight, arrived_bytes, best_bytes, partial_bytes, parts,
+pub use operands::{
+    AttendWork, Best, ELEMENT_BYTES, Epilogue, Numbers, Pools, Rotation, TILE, Tiles, Weight,
+    arrived_bytes, best_bytes, partial_bytes, parts,
 };
 pub use program::{Element, Format, Heads, Model, PAGE_TOKENS, compiler};

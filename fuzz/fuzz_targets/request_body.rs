@@ -5,20 +5,7 @@ use libfuzzer_sys::fuzz_target;
 use mlx_pipe::request::{Body, CHOICE_COUNT_MAX, Endpoint, Prompt, Sampling};
 
 fuzz_target!(|bytes: &[u8]| {
-    let defaults = Sampling {
-        max_tokens: 16,
-        temperature: 0.0,
-        top_p: 1.0,
-        top_k: 0,
-        min_p: 0.0,
-        repetition_penalty: 1.0,
-        presence_penalty: 0.0,
-        frequency_penalty: 0.0,
-        logit_bias: Vec::new(),
-        seed: None,
-        stop: Vec::new(),
-        logprobs: None,
-    };
+    let defaults = Sampling::greedy(16);
     for endpoint in [Some(Endpoint::Completion), Some(Endpoint::Chat), None] {
         let body = match Body::parse(bytes, endpoint, &defaults) {
             Ok(body) => body,

@@ -14,6 +14,7 @@ use crate::cluster::{self, ClusterFile, DeviceProfile};
 use crate::commands;
 use crate::cores;
 use crate::hub::{self, Found};
+use crate::launcher;
 use crate::meeting;
 use crate::model::ModelFiles;
 use crate::plan::{Plan, PlanError};
@@ -191,7 +192,12 @@ fn facts(options: &RunOptions, model: Option<&str>) -> (Facts, Option<ModelFiles
     let ModelOptions {
         device, kernels, ..
     } = options.model;
-    let computer = stage::computer(device.into(), kernels.into(), cores::usable(), cli::seat());
+    let computer = stage::computer(
+        device.into(),
+        kernels.into(),
+        cores::usable(),
+        launcher::seat(),
+    );
     let opened = open(model);
     let facts = Facts {
         host: gethostname::gethostname().to_string_lossy().into_owned(),

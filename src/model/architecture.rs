@@ -122,6 +122,21 @@ pub struct LayerSpec {
     pub down_proj: LinearSpec,
 }
 
+impl LayerSpec {
+    /// All of its linear layers, in the order of the mathematics.
+    pub fn linears(&self) -> [&LinearSpec; 7] {
+        [
+            &self.q_proj,
+            &self.k_proj,
+            &self.v_proj,
+            &self.o_proj,
+            &self.gate_proj,
+            &self.up_proj,
+            &self.down_proj,
+        ]
+    }
+}
+
 /// Where the head's weight comes from.
 #[derive(Debug, Clone, PartialEq)]
 pub enum HeadSpec {

@@ -218,17 +218,9 @@ fn spec_bytes(spec: &TensorSpec, float_bytes: u64) -> u64 {
 
 /// Weights of a layer's matrices, which are what a token is multiplied with.
 fn matrix_weights(layer: &LayerSpec) -> u64 {
-    let matrices = [
-        &layer.q_proj,
-        &layer.k_proj,
-        &layer.v_proj,
-        &layer.o_proj,
-        &layer.gate_proj,
-        &layer.up_proj,
-        &layer.down_proj,
-    ];
     let weights = |matrix: &LinearSpec| matrix.outputs.saturating_mul(matrix.inputs) as u64;
-    matrices
+    layer
+        .linears()
         .into_iter()
         .map(weights)
         .fold(0, u64::saturating_add)

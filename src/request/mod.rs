@@ -15,6 +15,8 @@
 
 mod answer;
 mod body;
+mod conversation;
+mod fields;
 mod reader;
 #[cfg(test)]
 mod tests;
@@ -178,7 +180,6 @@ pub struct Sampling {
     pub logprobs: Option<u8>,
 }
 
-#[cfg(test)]
 impl Sampling {
     /// The most likely tokens, so many of them at most, and nothing else asked for.
     pub fn greedy(max_tokens: usize) -> Self {

@@ -7,7 +7,7 @@ use std::io::{self, BufRead};
 
 use serde_json::{Map, Value};
 
-use super::body::{Fields, invalid_json, wrong_type, wrong_value};
+use super::fields::{Fields, invalid_json, wrong_type, wrong_value};
 use super::{Body, Endpoint, Form, Prompt, Rejection, RejectionCode, Request, Sampling};
 
 /// The longest line that is read, in bytes, its line end not counted. A longer one is an error for that line; it is skipped

@@ -3,19 +3,13 @@
 use super::*;
 use proptest::prelude::*;
 
-const WARM: SampleParams = SampleParams {
-    temperature: 1.0,
-    top_p: 1.0,
-    top_k: 0,
-    min_p: 0.0,
-    repetition_penalty: 1.0,
-    presence_penalty: 0.0,
-    frequency_penalty: 0.0,
-    prompt_tokens: 0,
-    logit_bias: Vec::new(),
-    seed: 0,
-    logprobs: None,
-};
+/// The softmax as it is.
+fn warm() -> SampleParams {
+    SampleParams {
+        temperature: 1.0,
+        ..SampleParams::GREEDY
+    }
+}
 
 /// How often each token is drawn over many positions.
 fn frequencies(logits: &[f32], params: SampleParams) -> Vec<f64> {
@@ -240,7 +234,7 @@ fn a_token_without_weight_is_never_drawn() {
     logits[2900] = 0.0;
     let last = 1.0 - f64::EPSILON / 2.0;
     for top_p in [1.0, 1.0f32.next_down()] {
-        let params = SampleParams { top_p, ..WARM };
+        let params = SampleParams { top_p, ..warm() };
         let token = drawn(&Penalized::unpenalized(&logits), &params, last);
         assert_eq!(token, 2900);
         // Nor where the target lies beyond all weight, as rounding can have it.
@@ -254,8 +248,8 @@ fn draws_follow_the_softmax_over_seeds_and_over_positions() {
     let logits = [0.0, 1.0, 2.0, -1.0];
     let sum: f64 = logits.iter().map(|&logit: &f32| (logit as f64).exp()).sum();
     for drawn in [
-        frequencies(&logits, WARM),
-        frequencies_by_seed(&logits, WARM),
+        frequencies(&logits, warm()),
+        frequencies_by_seed(&logits, warm()),
     ] {
         for (logit, frequency) in logits.iter().zip(drawn) {
             let expected = (*logit as f64).exp() / sum;
@@ -271,7 +265,7 @@ fn draws_follow_the_softmax_over_seeds_and_over_positions() {
 fn two_draws_of_one_sequence_differ() {
     let logits = [0.0; 64];
     let tokens: Vec<u32> = (0..8)
-        .map(|n| sample(&logits, &WARM, &vec![0; n]).token)
+        .map(|n| sample(&logits, &warm(), &vec![0; n]).token)
         .collect();
     let mut distinct = tokens.clone();
     distinct.sort_unstable();
@@ -286,7 +280,7 @@ fn temperature_sharpens_and_flattens() {
             &[0.0, 1.0],
             SampleParams {
                 temperature,
-                ..WARM
+                ..warm()
             },
         )[1]
     };
@@ -305,16 +299,46 @@ fn top_k_top_p_and_min_p_cut_the_tail() {
             .filter(|&&frequency| frequency > 0.0)
             .count()
     };
-    assert_eq!(drawn(WARM), 4);
-    assert_eq!(drawn(SampleParams { top_k: 2, ..WARM }), 2);
-    assert_eq!(drawn(SampleParams { top_k: 9, ..WARM }), 4);
+    assert_eq!(drawn(warm()), 4);
+    assert_eq!(drawn(SampleParams { top_k: 2, ..warm() }), 2);
+    assert_eq!(drawn(SampleParams { top_k: 9, ..warm() }), 4);
     // Shares are 0.644, 0.237, 0.087, 0.032.
-    assert_eq!(drawn(SampleParams { top_p: 0.5, ..WARM }), 1);
-    assert_eq!(drawn(SampleParams { top_p: 0.7, ..WARM }), 2);
-    assert_eq!(drawn(SampleParams { top_p: 0.9, ..WARM }), 3);
+    assert_eq!(
+        drawn(SampleParams {
+            top_p: 0.5,
+            ..warm()
+        }),
+        1
+    );
+    assert_eq!(
+        drawn(SampleParams {
+            top_p: 0.7,
+            ..warm()
+        }),
+        2
+    );
+    assert_eq!(
+        drawn(SampleParams {
+            top_p: 0.9,
+            ..warm()
+        }),
+        3
+    );
     // Relative to the best: 1, 0.368, 0.135, 0.050.
-    assert_eq!(drawn(SampleParams { min_p: 0.1, ..WARM }), 3);
-    assert_eq!(drawn(SampleParams { min_p: 1.0, ..WARM }), 1);
+    assert_eq!(
+        drawn(SampleParams {
+            min_p: 0.1,
+            ..warm()
+        }),
+        3
+    );
+    assert_eq!(
+        drawn(SampleParams {
+            min_p: 1.0,
+            ..warm()
+        }),
+        1
+    );
 }
 
 #[test]

@@ -2,6 +2,8 @@
 //! limit, alone or under `mpirun`.
 #![allow(dead_code, reason = "each test program uses its part of this module")]
 
+pub mod stages;
+
 use serde_json::Value;
 use std::io::{Read, Write};
 use std::os::unix::process::{CommandExt, ExitStatusExt};

@@ -45,7 +45,7 @@ pub(super) fn model(parts: Parts) -> Result<Model> {
     );
     let mut formats = BTreeSet::new();
     let ends = parts.table.into_iter().chain(parts.head);
-    for spec in parts.layers.iter().flat_map(of_layer).chain(ends) {
+    for spec in parts.layers.iter().flat_map(LayerSpec::linears).chain(ends) {
         let format = format_of(spec);
         ensure!(
             format.is_supported() && spec.inputs.is_multiple_of(format.block()),
@@ -86,18 +86,6 @@ pub(super) fn model(parts: Parts) -> Result<Model> {
         formats,
         heads,
     })
-}
-
-fn of_layer(layer: &LayerSpec) -> [&LinearSpec; 7] {
-    [
-        &layer.q_proj,
-        &layer.k_proj,
-        &layer.v_proj,
-        &layer.o_proj,
-        &layer.gate_proj,
-        &layer.up_proj,
-        &layer.down_proj,
-    ]
 }
 
 fn heads(architecture: &Architecture) -> Heads {
