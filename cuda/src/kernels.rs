@@ -23,9 +23,8 @@ pub struct Kernels {
     linear: BTreeMap<Format, LinearKernels>,
     rms_norm: Kernel,
     rotate: Kernel,
+    /// Through shared memory, where the GPU has enough of it; the same bits.
     attend_few: Kernel,
-    /// The same through shared memory, of which there is enough for one thread block at a time; the same bits.
-    attend_few_staged: Option<Kernel>,
     attend_many: Kernel,
     best_of_parts: Kernel,
     best_of_rows: Kernel,
@@ -109,12 +108,11 @@ impl Kernels {
             linear: model.formats.iter().map(linear).collect::<Result<_>>()?,
             rms_norm: kernel("rms_norm", 256)?,
             rotate: kernel("rotate", 256)?,
-            attend_few: kernel("attend_few", 128)?.with_shared(model.heads.attend_bytes(false))?,
-            attend_few_staged: match model.heads.attend_bytes(true) {
+            attend_few: match model.heads.attend_bytes(true) {
                 bytes if bytes <= gpu.shared_bytes() => {
-                    Some(kernel("attend_few_staged", 128)?.with_shared(bytes)?)
+                    kernel("attend_few_staged", 128)?.with_shared(bytes)?
                 }
-                _ => None,
+                _ => kernel("attend_few", 128)?.with_shared(model.heads.attend_bytes(false))?,
             },
             attend_many: kernel("attend_many", 128)?,
             best_of_parts: kernel("best_of_parts", 256)?,
@@ -395,16 +393,10 @@ impl Kernels {
                     && work.arrived.bytes() >= arrived_bytes(heads, few),
                 "there is no room for partial results"
             );
-            let blocks = few * heads.kv * tiles.parts;
-            let kernel = match &self.attend_few_staged {
-                // It is the quicker one as long as none of its thread blocks has to wait for another.
-                Some(staged) if blocks <= self.gpu.processors() => staged,
-                _ => &self.attend_few,
-            };
             let at = tiles.few.address(TILE * few)?;
             // SAFETY: sizes were checked above.
             unsafe {
-                kernel.launch(
+                self.attend_few.launch(
                     &self.gpu,
                     [few, heads.kv, tiles.parts],
                     &[
