@@ -128,10 +128,10 @@ pub struct Rotation<'a> {
 /// Which tokens attend to which pages.
 #[derive(Debug, Clone, Copy)]
 pub struct Tiles<'a> {
-    /// `[tiles, TILE]`: the first token's row, tokens (at most [`Kernels::few_tokens`]), the first one's position,
+    /// `[tiles, TILE]`: the first token's row, tokens (at most [`crate::Kernels::few_tokens`]), the first one's position,
     /// where its sequence's pages begin in `table`, tokens of few tiles before it.
     pub few: Numbers<'a>,
-    /// The same, of at most [`Kernels::many_tokens`] tokens.
+    /// The same, of at most [`crate::Kernels::many_tokens`] tokens.
     pub many: Numbers<'a>,
     /// Pages of sequences.
     pub table: Numbers<'a>,
@@ -188,7 +188,7 @@ impl Best {
     }
 }
 
-/// Bytes of memory that [`Kernels::best`] works in, for so many rows.
+/// Bytes of memory that [`crate::Kernels::best`] works in, for so many rows.
 pub fn best_bytes(rows: usize) -> usize {
     rows * BEST_PARTS * Best::BYTES
 }
