@@ -7,13 +7,16 @@
 
 use anyhow::{Context, Result};
 use mlx_pipe_cuda::{
-    AttendWork, Buffer, Element, Epilogue, Format, Gpu, Heads, Kernels, Model, Numbers,
-    PAGE_TOKENS, Pools, Rotation, Tiles, Weight,
+    AttendWork, Buffer, Decode, DecodeWork, Element, Epilogue, Format, Gpu, Heads, Input, Kernels,
+    LayerOperands, Model, Normed, Numbers, PAGE_TOKENS, PROGRESS_BYTES, Pools, Rotation, Tiles,
+    Weight,
 };
 use std::sync::Arc;
 use std::time::Instant;
 
 const LAUNCHES: usize = 24;
+/// Layers of a step of one token.
+const LAYERS: usize = 12;
 const REPEATS: usize = 9;
 
 struct Shape {
@@ -56,6 +59,11 @@ fn main() -> Result<()> {
         element: Element::Bf16,
         formats: [format].into(),
         heads,
+        decode: Some(Decode {
+            format,
+            layers: LAYERS,
+            widest: shape.mlp,
+        }),
     };
     let kernels = Kernels::load(&gpu, &model, None)?;
     println!(
@@ -99,7 +107,7 @@ fn main() -> Result<()> {
             let us = time(&gpu, |index| {
                 kernels.linear(
                     &weights[index % copies],
-                    &x,
+                    Input::Plain(&x),
                     rows,
                     epilogue,
                     &out,
@@ -208,12 +216,8 @@ fn others(gpu: &Arc<Gpu>, kernels: &Kernels, heads: Heads, shape: &Shape) -> Res
         let rotate = time(gpu, |_| {
             kernels.rotate(&qkv, rotation, &queries, &pools, rows)
         })?;
-        let x = pattern(gpu, rows * shape.hidden * 2)?;
-        let normed = time(gpu, |_| {
-            kernels.rms_norm(&x, (&norm, 1e-6), None, &out, rows, shape.hidden)
-        })?;
         println!(
-            "{sequences} x {count} after {held}: attend {attend:.1} us, rotate {rotate:.1} us, norm {normed:.1} us"
+            "{sequences} x {count} after {held}: attend {attend:.1} us, rotate {rotate:.1} us"
         );
     }
     Ok(())
@@ -227,7 +231,7 @@ fn layers(
     shape: &Shape,
     format: Format,
 ) -> Result<()> {
-    let (count, held) = (12, 640);
+    let (count, held) = (LAYERS, 640);
     let width = heads.queries * heads.dim;
     let weights = (0..count)
         .map(|_| {
@@ -289,15 +293,23 @@ fn layers(
     ]
     .map(|width| pattern(gpu, width * 2));
     let (x, normed, qkv, queries, attended, mlp) = (x?, normed?, qkv?, queries?, attended?, mlp?);
-    let partial = Buffer::zeroed(gpu, mlx_pipe_cuda::partial_bytes(heads, 1, parts))?;
+    let partial = Buffer::zeroed(gpu, mlx_pipe_cuda::decode_partial_bytes(heads, parts))?;
     let arrived = Buffer::zeroed(gpu, 1 << 16)?;
     let work = AttendWork {
         partial: &partial,
         arrived: &arrived,
     };
+    let normed_of = |weight| {
+        Input::Normed(Normed {
+            x: &x,
+            weight,
+            eps: 1e-6,
+            rows: None,
+            into: &normed,
+        })
+    };
     let names = [
         "nothing",
-        "norms",
         "qkv_proj",
         "rotate",
         "attend",
@@ -305,34 +317,60 @@ fn layers(
         "gate_up_proj",
         "down_proj",
     ];
+    let all: Vec<LayerOperands> = weights
+        .iter()
+        .zip(&pools)
+        .map(|(weights, pools)| LayerOperands {
+            weights: weights.each_ref(),
+            norms: [&norm, &norm],
+            qk_norms: Some((&norm, &norm)),
+            pools,
+        })
+        .collect();
+    let progress = Buffer::zeroed(gpu, PROGRESS_BYTES)?;
+    let decode_work = DecodeWork {
+        x: &x,
+        qkv: &qkv,
+        attended: &attended,
+        mlp: &mlp,
+        attend: work,
+        progress: &progress,
+    };
+    let bytes: usize = weights
+        .iter()
+        .flatten()
+        .map(|weight| weight.codes.bytes() + weight.scales.as_ref().map_or(0, Buffer::bytes))
+        .sum();
+    let us = time(gpu, |_| kernels.decode(&all, rotation, tiles, decode_work))? / count as f64;
+    println!(
+        "a layer after {held} tokens, of {count} in one kernel: {us:.1} us, {:.0} GB/s of weights",
+        bytes as f64 / count as f64 / us / 1e3
+    );
     let mut whole = 0.0;
     for (left_out, name) in names.iter().enumerate() {
         let us = time(gpu, |index| {
             let layer = index % count;
             let [qkv_proj, o_proj, gate_up_proj, down_proj] = &weights[layer];
             if left_out != 1 {
-                kernels.rms_norm(&x, (&norm, 1e-6), None, &normed, 1, shape.hidden)?;
+                kernels.linear(qkv_proj, normed_of(&norm), 1, Epilogue::Plain, &qkv, false)?;
             }
             if left_out != 2 {
-                kernels.linear(qkv_proj, &normed, 1, Epilogue::Plain, &qkv, false)?;
-            }
-            if left_out != 3 {
                 kernels.rotate(&qkv, rotation, &queries, &pools[layer], 1)?;
             }
-            if left_out != 4 {
+            if left_out != 3 {
                 kernels.attend(&queries, &pools[layer], tiles, work, &attended, 1)?;
             }
-            if left_out != 5 {
-                kernels.linear(o_proj, &attended, 1, Epilogue::Add(&x), &x, false)?;
+            if left_out != 4 {
+                let of = Input::Plain(&attended);
+                kernels.linear(o_proj, of, 1, Epilogue::Add(&x), &x, false)?;
             }
-            if left_out != 1 {
-                kernels.rms_norm(&x, (&norm, 1e-6), None, &normed, 1, shape.hidden)?;
+            if left_out != 5 {
+                let of = normed_of(&norm);
+                kernels.linear(gate_up_proj, of, 1, Epilogue::Gated, &mlp, false)?;
             }
             if left_out != 6 {
-                kernels.linear(gate_up_proj, &normed, 1, Epilogue::Gated, &mlp, false)?;
-            }
-            if left_out != 7 {
-                kernels.linear(down_proj, &mlp, 1, Epilogue::Add(&x), &x, false)?;
+                let of = Input::Plain(&mlp);
+                kernels.linear(down_proj, of, 1, Epilogue::Add(&x), &x, false)?;
             }
             Ok(())
         })?;
@@ -373,14 +411,15 @@ fn copy_bandwidth(gpu: &Arc<Gpu>) -> Result<f64> {
 
 fn weight(gpu: &Arc<Gpu>, format: Format, outputs: usize, inputs: usize) -> Result<Weight> {
     let groups = outputs * inputs / format.group_size * 2;
-    let of_groups = |is_there: bool| is_there.then(|| pattern(gpu, groups)).transpose();
     Ok(Weight {
         format,
         outputs,
         inputs,
         codes: pattern(gpu, outputs * inputs * format.bits / 8)?,
-        scales: of_groups(format != Format::PLAIN)?,
-        biases: of_groups(format != Format::PLAIN)?,
+        scales: match format {
+            Format::PLAIN => None,
+            _ => Some(pattern(gpu, 2 * groups)?),
+        },
         bias: None,
     })
 }

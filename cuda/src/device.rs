@@ -14,6 +14,9 @@ const LEAST_CAPABILITY: (i32, i32) = (8, 0);
 const MOST_SHARED: sys::CUdevice_attribute =
     sys::CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN;
 
+const MULTIPROCESSORS: sys::CUdevice_attribute =
+    sys::CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT;
+
 /// One GPU, as one rank uses it.
 pub struct Gpu {
     context: Arc<CudaContext>,
@@ -21,6 +24,7 @@ pub struct Gpu {
     name: String,
     capability: (i32, i32),
     shared_bytes: usize,
+    multiprocessors: usize,
     memory_bytes: u64,
     allocated_bytes: AtomicU64,
     peak_bytes: AtomicU64,
@@ -62,6 +66,7 @@ impl Gpu {
                 name: context.name()?,
                 capability: context.compute_capability()?,
                 shared_bytes: context.attribute(MOST_SHARED)?.try_into().unwrap_or(0),
+                multiprocessors: context.attribute(MULTIPROCESSORS)?.try_into().unwrap_or(1),
                 memory_bytes: context.total_mem()? as u64,
                 context,
                 allocated_bytes: AtomicU64::new(0),
@@ -105,6 +110,11 @@ impl Gpu {
     /// Bytes of shared memory that a thread block can have beside the few that it declares.
     pub(crate) fn shared_bytes(&self) -> usize {
         self.shared_bytes.saturating_sub(1024)
+    }
+
+    /// Multiprocessors it has.
+    pub(crate) fn multiprocessors(&self) -> usize {
+        self.multiprocessors.max(1)
     }
 
     /// Compute capability, major and minor.

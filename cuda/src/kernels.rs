@@ -3,10 +3,10 @@
 use crate::device::{Buffer, Gpu};
 use crate::launch::{Kernel, Parameter, address};
 use crate::operands::{
-    AttendWork, BEST_PARTS, Best, ELEMENT_BYTES, Epilogue, Numbers, Pools, Rotation, TILE, Tiles,
-    Weight, arrived_bytes, best_bytes, partial_bytes,
+    AttendWork, BEST_PARTS, Best, ELEMENT_BYTES, Epilogue, Input, Normed, Numbers, Pools, Rotation,
+    TILE, Tiles, Weight, arrived_bytes, best_bytes, partial_bytes,
 };
-use crate::program::{FEW, Format, Heads, Model, Program};
+use crate::program::{Decode, FEW, Format, Heads, Model, Program};
 use anyhow::{Context, Result, ensure};
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -18,8 +18,8 @@ const MOST_FEW_ROWS: usize = 64;
 /// The kernels of one model on one GPU.
 #[derive(Debug)]
 pub struct Kernels {
-    gpu: Arc<Gpu>,
-    heads: Heads,
+    pub(crate) gpu: Arc<Gpu>,
+    pub(crate) heads: Heads,
     linear: BTreeMap<Format, LinearKernels>,
     rms_norm: Kernel,
     rotate: Kernel,
@@ -28,6 +28,8 @@ pub struct Kernels {
     attend_many: Kernel,
     best_of_parts: Kernel,
     best_of_rows: Kernel,
+    /// All layers for one token, and what it is made for.
+    pub(crate) decode: Option<(Kernel, Decode)>,
 }
 
 #[derive(Debug)]
@@ -38,24 +40,12 @@ struct LinearKernels {
     look_up: Kernel,
 }
 
-/// Shared memory of a thread block of the kernel of many rows (`Wide::BYTES` of the kernels): of some blocks of 64 rows
-/// of activations, which stand 16 bytes apart, and of 128 rows of codes.
-fn wide_bytes(format: Format) -> usize {
-    let codes = format.block() * format.bits / 8;
-    let (stages, apart) = match format {
-        Format::PLAIN => (3, 16),
-        _ => (4, 0),
-    };
-    stages * (64 * (format.block() * ELEMENT_BYTES + 16) + 128 * (codes + apart))
-}
-
 /// `Linear` of the kernels.
 #[repr(C)]
 struct Linear {
     x: u64,
-    weight: u64,
+    codes: u64,
     scales: u64,
-    biases: u64,
     bias: u64,
     residual: u64,
     out: u64,
@@ -88,23 +78,32 @@ impl Kernels {
         };
         let linear = |format: &Format| {
             let of = format!("{}_{}", format.bits, format.group_size);
-            let few = |nt: usize| {
-                let name = format!("linear_few_{of}_{nt}");
-                Ok::<_, anyhow::Error>([kernel(&name, 256)?, kernel(&format!("{name}_f32"), 256)?])
+            let both = |name: String, shared: usize| {
+                Ok::<_, anyhow::Error>([
+                    kernel(&name, 256)?.with_shared(shared)?,
+                    kernel(&format!("{name}_f32"), 256)?.with_shared(shared)?,
+                ])
             };
-            let wide = |suffix: &str| {
-                kernel(&format!("linear_wide_{of}{suffix}"), 256)?.with_shared(wide_bytes(*format))
-            };
+            let few = |nt: usize| both(format!("linear_few_{of}_{nt}"), 0);
             let kernels = LinearKernels {
                 few: [few(FEW[0])?, few(FEW[1])?, few(FEW[2])?],
-                wide: [wide("")?, wide("_f32")?],
+                wide: both(format!("linear_wide_{of}"), format.wide_bytes())?,
                 look_up: kernel(&format!("look_up_{of}"), 256)?,
             };
             Ok::<_, anyhow::Error>((*format, kernels))
         };
+        let decode = |of: Decode| {
+            let shared = of.shared_bytes(model.heads, gpu.shared_bytes());
+            let has_blocks = gpu.multiprocessors() >= model.heads.kv;
+            shared.filter(|_| has_blocks).map(|shared| {
+                let kernel = kernel("decode", 256)?.with_shared(shared)?;
+                Ok::<_, anyhow::Error>((kernel, of))
+            })
+        };
         Ok(Self {
             gpu: Arc::clone(gpu),
             heads: model.heads,
+            decode: model.decode.and_then(decode).transpose()?,
             linear: model.formats.iter().map(linear).collect::<Result<_>>()?,
             rms_norm: kernel("rms_norm", 256)?,
             rotate: kernel("rotate", 256)?,
@@ -143,23 +142,23 @@ impl Kernels {
     pub fn linear(
         &self,
         weight: &Weight,
-        x: &Buffer,
+        x: Input,
         rows: usize,
         epilogue: Epilogue,
         out: &Buffer,
         to_f32: bool,
     ) -> Result<()> {
         weight.check()?;
+        let kernels = self
+            .linear
+            .get(&weight.format)
+            .context("a format without kernels")?;
         let width = match epilogue {
             Epilogue::Gated => weight.outputs / 2,
             _ => weight.outputs,
         };
         let out_bytes = if to_f32 { 4 } else { ELEMENT_BYTES };
         ensure!(rows > 0 && rows < 1 << 24, "{rows} rows");
-        ensure!(
-            x.bytes() >= rows * weight.inputs * ELEMENT_BYTES,
-            "x is too short"
-        );
         ensure!(
             out.bytes() >= rows * width * out_bytes,
             "the output is too short"
@@ -184,11 +183,10 @@ impl Kernels {
             mode & GATED == 0 || mode == GATED,
             "a gated layer with a bias has no kernel"
         );
-        let of = Linear {
-            x: x.address(),
-            weight: weight.codes.address(),
+        let mut of = Linear {
+            x: 0,
+            codes: weight.codes.address(),
             scales: address(weight.scales.as_ref()),
-            biases: address(weight.biases.as_ref()),
             bias: address(weight.bias.as_ref()),
             residual: address(residual),
             out: out.address(),
@@ -197,10 +195,19 @@ impl Kernels {
             k: weight.inputs as i32,
             mode,
         };
-        let kernels = self
-            .linear
-            .get(&weight.format)
-            .context("a format without kernels")?;
+        match x {
+            Input::Plain(x) => {
+                ensure!(
+                    x.bytes() >= rows * weight.inputs * ELEMENT_BYTES,
+                    "x is too short"
+                );
+                of.x = x.address();
+            }
+            Input::Normed(norm) => {
+                self.rms_norm(norm, rows, weight.inputs)?;
+                of.x = norm.into.address();
+            }
+        }
         let (kernel, grid) = if rows <= MOST_FEW_ROWS {
             let few = match rows {
                 ..=8 => 0,
@@ -208,13 +215,13 @@ impl Kernels {
                 _ => 2,
             };
             let grid = [weight.outputs / 16, rows.div_ceil(8 * FEW[few]), 1];
-            (&kernels.few[few][to_f32 as usize], grid)
+            (&kernels.few[few], grid)
         } else {
             let grid = [weight.outputs.div_ceil(128), rows.div_ceil(64), 1];
-            (&kernels.wide[to_f32 as usize], grid)
+            (&kernels.wide, grid)
         };
         // SAFETY: sizes were checked above; the kernels stay within rows, outputs and inputs.
-        unsafe { kernel.launch(&self.gpu, grid, &[&of]) }
+        unsafe { kernel[to_f32 as usize].launch(&self.gpu, grid, &[&of]) }
     }
 
     /// Rows of a weight: `out[i] = weight[tokens[i]]`, `[tokens, inputs]`.
@@ -239,7 +246,6 @@ impl Kernels {
                 &[
                     &weight.codes.address(),
                     &address(weight.scales.as_ref()),
-                    &address(weight.biases.as_ref()),
                     &tokens.address(tokens.count)?,
                     &out.address(),
                     &(weight.inputs as i32),
@@ -248,42 +254,25 @@ impl Kernels {
         }
     }
 
-    /// `out[i] = x[i] / rms(x[i]) * weight`, or of row `rows[i]`: `[count, width]`.
-    ///
-    /// # Errors
-    /// Buffers that are too small, or the driver fails. That `rows` are rows of `x` is the caller's to see to.
-    pub fn rms_norm(
-        &self,
-        x: &Buffer,
-        norm: (&Buffer, f32),
-        rows: Option<Numbers>,
-        out: &Buffer,
-        count: usize,
-        width: usize,
-    ) -> Result<()> {
-        let (weight, eps) = norm;
-        let bytes = width * ELEMENT_BYTES;
+    /// Of `count` rows of `width` elements.
+    fn rms_norm(&self, norm: Normed, count: usize, width: usize) -> Result<()> {
+        norm.check(count, width)?;
         ensure!(
-            weight.bytes() >= bytes && out.bytes() >= count * bytes,
-            "a buffer is too short"
+            norm.into.bytes() >= count * width * ELEMENT_BYTES,
+            "there is no room for what is normed"
         );
-        ensure!(
-            rows.is_some() || x.bytes() >= count * bytes,
-            "x is too short"
-        );
-        let rows = rows.map_or(Ok(0), |rows| rows.address(count))?;
         // SAFETY: sizes were checked above.
         unsafe {
             self.rms_norm.launch(
                 &self.gpu,
                 [count, 1, 1],
                 &[
-                    &x.address(),
-                    &weight.address(),
-                    &rows,
-                    &out.address(),
+                    &norm.x.address(),
+                    &norm.weight.address(),
+                    &norm.row_numbers(count)?,
+                    &norm.into.address(),
                     &(width as i32),
-                    &eps,
+                    &norm.eps,
                 ],
             )
         }

@@ -18,8 +18,13 @@ pub(crate) struct Kernel {
 /// What kernels take: bytes as C lays them out.
 ///
 /// # Safety
-/// The type has the layout of the kernel's parameter.
-pub(crate) unsafe trait Parameter {}
+/// What [`Self::start`] points to has the layout of the kernel's parameter, and lives as long as the value.
+pub(crate) unsafe trait Parameter {
+    /// Where the bytes are.
+    fn start(&self) -> *const c_void {
+        std::ptr::from_ref(self).cast()
+    }
+}
 
 // SAFETY: plain numbers, and addresses as 64 bits.
 unsafe impl Parameter for i32 {}
@@ -27,6 +32,18 @@ unsafe impl Parameter for i32 {}
 unsafe impl Parameter for f32 {}
 // SAFETY: as above.
 unsafe impl Parameter for u64 {}
+
+/// A struct of addresses and pairs of smaller numbers, word by word.
+#[derive(Debug)]
+pub(crate) struct Words(pub(crate) Vec<u64>);
+
+// SAFETY: the words follow one another, aligned for addresses; that they are those of the parameter is the caller's
+// promise to `Kernel::launch`.
+unsafe impl Parameter for Words {
+    fn start(&self) -> *const c_void {
+        self.0.as_ptr().cast()
+    }
+}
 
 /// The arguments of a launch, in the order of the kernel's parameters.
 pub(crate) type Arguments<'a> = &'a [&'a dyn Parameter];
@@ -70,7 +87,7 @@ impl Kernel {
     ) -> Result<()> {
         let mut pointers: Vec<*mut c_void> = arguments
             .iter()
-            .map(|&argument| std::ptr::from_ref(argument).cast::<c_void>().cast_mut())
+            .map(|&argument| argument.start().cast_mut())
             .collect();
         // SAFETY: all zeros are a valid value of this type, which C initialises so.
         let mut overlap: sys::CUlaunchAttribute = unsafe { std::mem::zeroed() };

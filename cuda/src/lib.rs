@@ -11,18 +11,22 @@
 #![deny(missing_docs)]
 #![deny(unsafe_op_in_unsafe_fn)]
 
+mod decode;
 mod device;
 mod kernels;
 mod launch;
+mod layout;
 mod library;
 mod operands;
 mod program;
 
+pub use decode::{DecodeWork, LayerOperands, PROGRESS_BYTES, decode_partial_bytes};
 pub use device::{Buffer, Gpu, Pinned, Recording, count};
 pub use kernels::Kernels;
+pub use layout::{arrange_codes, arrange_scales};
 pub use library::VARIABLE;
 pub use operands::{
-    AttendWork, Best, ELEMENT_BYTES, Epilogue, Numbers, Pools, Rotation, TILE, Tiles, Weight,
-    arrived_bytes, best_bytes, partial_bytes, parts,
+    AttendWork, Best, ELEMENT_BYTES, Epilogue, Input, Normed, Numbers, Pools, Rotation, TILE,
+    Tiles, Weight, arrived_bytes, best_bytes, partial_bytes, parts,
 };
-pub use program::{Element, Format, Heads, Model, PAGE_TOKENS, compiler};
+pub use program::{Decode, Element, Format, Heads, Model, PAGE_TOKENS, compiler};

@@ -9,7 +9,7 @@ pub const ELEMENT_BYTES: usize = 2;
 /// Numbers of a tile (`TILE` of the kernels).
 pub const TILE: usize = 5;
 /// Pages of a part of attention (`PART` of the kernels).
-const PART_PAGES: usize = 4;
+pub(crate) const PART_PAGES: usize = 4;
 /// Thread blocks that look for the best logit of a row.
 pub(crate) const BEST_PARTS: usize = 32;
 
@@ -22,12 +22,10 @@ pub struct Weight {
     pub outputs: usize,
     /// Width of a row, a multiple of the format's block.
     pub inputs: usize,
-    /// Codes or elements, row by row.
+    /// Codes or elements, as [`crate::arrange_codes`] lays them out.
     pub codes: Buffer,
-    /// A scale for each group, row by row; unless plain.
+    /// A scale and a bias for each group, as [`crate::arrange_scales`] lays them out; unless plain.
     pub scales: Option<Buffer>,
-    /// A bias for each group, likewise.
-    pub biases: Option<Buffer>,
     /// A bias for each output.
     pub bias: Option<Buffer>,
 }
@@ -48,13 +46,11 @@ impl Weight {
             self.format
         );
         if self.format != Format::PLAIN {
-            for of_groups in [&self.scales, &self.biases] {
-                let bytes = of_groups.as_ref().map_or(0, Buffer::bytes);
-                ensure!(
-                    bytes >= groups * ELEMENT_BYTES,
-                    "a weight without scales or biases"
-                );
-            }
+            let bytes = self.scales.as_ref().map_or(0, Buffer::bytes);
+            ensure!(
+                bytes >= groups * 2 * ELEMENT_BYTES,
+                "a weight without scales and biases"
+            );
         }
         if let Some(bias) = &self.bias {
             ensure!(
@@ -63,6 +59,48 @@ impl Weight {
             );
         }
         Ok(())
+    }
+}
+
+/// What a linear layer multiplies.
+#[derive(Debug, Clone, Copy)]
+pub enum Input<'a> {
+    /// `[rows, inputs]`
+    Plain(&'a Buffer),
+    /// What is made of it first.
+    Normed(Normed<'a>),
+}
+
+/// `x[i] / rms(x[i]) * weight`, or of row `rows[i]`.
+#[derive(Debug, Clone, Copy)]
+pub struct Normed<'a> {
+    /// `[rows, inputs]`
+    pub x: &'a Buffer,
+    /// `[inputs]`
+    pub weight: &'a Buffer,
+    /// Added to the mean square.
+    pub eps: f32,
+    /// Which rows of `x`. That it has them is the caller's to see to.
+    pub rows: Option<Numbers<'a>>,
+    /// Memory for `[rows, inputs]`, where the normed rows may be put.
+    pub into: &'a Buffer,
+}
+
+impl Normed<'_> {
+    /// Whether its buffers have `count` rows of `width`.
+    pub(crate) fn check(&self, count: usize, width: usize) -> Result<()> {
+        let bytes = width * ELEMENT_BYTES;
+        ensure!(self.weight.bytes() >= bytes, "a norm that is too short");
+        ensure!(
+            self.rows.is_some() || self.x.bytes() >= count * bytes,
+            "x is too short"
+        );
+        Ok(())
+    }
+
+    /// The address of the rows' numbers, 0 without.
+    pub(crate) fn row_numbers(&self, count: usize) -> Result<u64> {
+        self.rows.map_or(Ok(0), |rows| rows.address(count))
     }
 }
 

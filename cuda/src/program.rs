@@ -14,11 +14,12 @@ use std::sync::Arc;
 use std::time::Instant;
 use tracing::{info, warn};
 
-const SOURCES: [&str; 4] = [
+const SOURCES: [&str; 5] = [
     include_str!("sources/common.cuh"),
-    include_str!("sources/linear.cuh"),
     include_str!("sources/rows.cuh"),
+    include_str!("sources/linear.cuh"),
     include_str!("sources/attend.cuh"),
+    include_str!("sources/decode.cuh"),
 ];
 
 /// Tokens of a page of keys and values.
@@ -67,6 +68,13 @@ impl Format {
     /// Elements that are multiplied at a time: the width of a weight is a multiple.
     pub fn block(self) -> usize {
         self.group_size.min(64)
+    }
+
+    /// Shared memory of a thread block of the kernel of many rows (`Wide::BYTES` of the kernels): some blocks of 64 rows
+    /// of activations, which stand 16 bytes apart, and of 128 rows of codes.
+    pub(crate) fn wide_bytes(self) -> usize {
+        let stages = if self == Self::PLAIN { 3 } else { 4 };
+        stages * (64 * (self.block() * 2 + 16) + 128 * self.block() * self.bits / 8)
     }
 
     fn names(self) -> (usize, usize) {
@@ -125,13 +133,57 @@ pub struct Model {
     pub formats: BTreeSet<Format>,
     /// Attention.
     pub heads: Heads,
+    /// The layers, if there is to be a kernel for steps of one token.
+    pub decode: Option<Decode>,
+}
+
+/// What a kernel of all layers is made for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Decode {
+    /// Of all weights of all layers.
+    pub format: Format,
+    /// Layers that there are.
+    pub layers: usize,
+    /// Columns of the widest weight.
+    pub widest: usize,
+}
+
+/// Most layers whose addresses a kernel's arguments have room for.
+const MOST_LAYERS: usize = 200;
+/// Chunks of weights that each warp is to have asked for, at least and at most.
+const STAGES: std::ops::RangeInclusive<usize> = 3..=16;
+
+impl Decode {
+    /// Bytes of a chunk of weights (`Chunks::BYTES` of the kernels).
+    fn chunk_bytes(self) -> usize {
+        let scales = if self.format == Format::PLAIN { 0 } else { 64 };
+        let blocks = if self.format == Format::PLAIN { 1 } else { 2 };
+        blocks * (16 * self.format.block() * self.format.bits / 8 + scales)
+    }
+
+    /// Chunks that each of eight warps has room for beside a row of activations, of so much shared memory; `None` if
+    /// they are too few.
+    fn stages(self, heads: Heads, shared: usize) -> Option<usize> {
+        // Sums, products of a page, queries, and a few numbers.
+        let declared = 16 * 8 * 16 * 4 + 8 * 32 * 16 + heads.group() * heads.dim * 2 + 256;
+        let left = shared.checked_sub(declared + self.widest * 2)?;
+        let stages = (left / (8 * self.chunk_bytes())).min(*STAGES.end());
+        (stages >= *STAGES.start() && self.layers <= MOST_LAYERS).then_some(stages)
+    }
+
+    /// Shared memory of a thread block beside what its kernel declares; `None` if there is no kernel.
+    pub(crate) fn shared_bytes(self, heads: Heads, shared: usize) -> Option<usize> {
+        let stages = self.stages(heads, shared)?;
+        Some(stages * 8 * self.chunk_bytes() + self.widest * 2)
+    }
 }
 
 /// Rows of `x` for which there is a kernel of few rows, in eights.
 pub(crate) const FEW: [usize; 3] = [1, 2, 4];
 
 impl Model {
-    fn source(&self) -> Result<String> {
+    /// For a GPU with so much shared memory for a thread block.
+    fn source(&self, shared: usize) -> Result<String> {
         let Heads {
             queries,
             kv,
@@ -139,12 +191,13 @@ impl Model {
             has_norm,
         } = self.heads;
         let (element, group) = (self.element.name(), self.heads.group());
-        let mut text = format!(
-            "constexpr int PAGE = {PAGE_TOKENS};\n{}",
-            std::env::var("DEFS").unwrap_or_default()
-        );
+        let mut text = format!("constexpr int PAGE = {PAGE_TOKENS};\n");
         SOURCES.iter().for_each(|source| text.push_str(source));
-        let kernel = |text: &mut String, threads, name: &str, parameters: &str, body: &str| {
+        let kernel = |text: &mut String,
+                      threads: &str,
+                      name: &str,
+                      parameters: &str,
+                      body: &str| {
             writeln!(
                 text,
                 "extern \"C\" __global__ void __launch_bounds__({threads}) {name}({parameters}) {{ {body} }}"
@@ -158,25 +211,25 @@ impl Model {
                     let name = format!("linear_few_{bits}_{of_group}_{nt}{suffix}");
                     let body =
                         format!("linear_few<{element}, {out}, {bits}, {of_group}, {nt}>(of);");
-                    kernel(&mut text, 256, &name, &parameters, &body)?;
+                    kernel(&mut text, "256", &name, &parameters, &body)?;
                 }
                 let name = format!("linear_wide_{bits}_{of_group}{suffix}");
                 let body = format!("linear_wide<{element}, {out}, {bits}, {of_group}>(of);");
-                kernel(&mut text, 256, &name, &parameters, &body)?;
+                kernel(&mut text, "256", &name, &parameters, &body)?;
             }
             kernel(
                 &mut text,
-                256,
+                "256",
                 &format!("look_up_{bits}_{of_group}"),
                 &format!(
-                    "const unsigned* w, const {element}* s, const {element}* z, const int* tokens, {element}* out, int k"
+                    "const unsigned char* codes, const {element}* scales, const int* tokens, {element}* out, int k"
                 ),
-                &format!("look_up<{element}, {bits}, {of_group}>(w, s, z, tokens, out, k);"),
+                &format!("look_up<{element}, {bits}, {of_group}>(codes, scales, tokens, out, k);"),
             )?;
         }
         kernel(
             &mut text,
-            256,
+            "256",
             "rms_norm",
             &format!(
                 "const {element}* x, const {element}* weight, const int* rows, {element}* out, int width, float eps"
@@ -185,7 +238,7 @@ impl Model {
         )?;
         kernel(
             &mut text,
-            256,
+            "256",
             "rotate",
             &format!(
                 "const {element}* qkv, const {element}* q_norm, const {element}* k_norm, const float* frequencies, \
@@ -202,7 +255,7 @@ impl Model {
         for (name, is_staged) in [("attend_few", false), ("attend_few_staged", true)] {
             kernel(
                 &mut text,
-                128,
+                "128",
                 name,
                 &format!("{attended}, float* partial, int* arrived, {element}* out"),
                 &format!(
@@ -213,13 +266,28 @@ impl Model {
         }
         kernel(
             &mut text,
-            128,
+            "128",
             "attend_many",
             &format!("{attended}, {element}* out"),
             &format!(
                 "attend_many<{element}, {kv}, {group}, {dim}>(queries, keys, values, tiles, table, out);"
             ),
         )?;
+        if let Some(decode) = self.decode
+            && let Some(stages) = decode.stages(self.heads, shared)
+        {
+            let (bits, of_group) = decode.format.names();
+            let layers = decode.layers;
+            kernel(
+                &mut text,
+                "256, 1",
+                "decode",
+                &format!("const __grid_constant__ Decode<{element}, {layers}> of"),
+                &format!(
+                    "decode<{element}, {bits}, {of_group}, {queries}, {kv}, {dim}, {has_norm}, {stages}, {layers}>(of);"
+                ),
+            )?;
+        }
         Ok(text)
     }
 }
@@ -235,7 +303,7 @@ impl Program {
     /// There is no compiler, or the driver does not take what it made.
     pub(crate) fn load(gpu: &Gpu, model: &Model, cache: Option<&Path>) -> Result<Self> {
         let began = Instant::now();
-        let source = model.source()?;
+        let source = model.source(gpu.shared_bytes())?;
         let options = options(gpu.capability());
         let name = blake3::hash(format!("{options:?}{source}").as_bytes()).to_hex();
         let kept = cache.map(|cache| cache.join(format!("{name}.cubin")));
@@ -372,20 +440,60 @@ mod tests {
             dim,
             has_norm,
         };
-        for (element, heads, capability) in [
-            (Element::Bf16, heads(16, 8, 128, true), (9, 0)),
-            (Element::Bf16, heads(32, 8, 128, true), (8, 0)),
-            (Element::F16, heads(9, 3, 64, false), (8, 9)),
-            (Element::F16, heads(14, 2, 64, false), (12, 0)),
+        let q8 = |group_size| Format {
+            bits: 8,
+            group_size,
+        };
+        let q4 = |group_size| Format {
+            bits: 4,
+            group_size,
+        };
+        for (element, heads, capability, shared, format) in [
+            (
+                Element::Bf16,
+                heads(16, 8, 128, true),
+                (9, 0),
+                226 << 10,
+                q8(64),
+            ),
+            (
+                Element::Bf16,
+                heads(32, 8, 128, true),
+                (8, 0),
+                162 << 10,
+                q4(32),
+            ),
+            (
+                Element::F16,
+                heads(9, 3, 64, false),
+                (8, 9),
+                98 << 10,
+                Format::PLAIN,
+            ),
+            (
+                Element::F16,
+                heads(14, 2, 64, false),
+                (12, 0),
+                98 << 10,
+                q4(128),
+            ),
         ] {
             assert!(heads.is_supported());
+            let decode = Decode {
+                format,
+                layers: 28,
+                widest: 6144,
+            };
+            assert!(decode.stages(heads, shared).is_some());
             let model = Model {
                 element,
                 formats: all.clone(),
                 heads,
+                decode: Some(decode),
             };
             let began = Instant::now();
-            let binary = compile(&model.source().unwrap(), &options(capability)).unwrap();
+            let source = model.source(shared).unwrap();
+            let binary = compile(&source, &options(capability)).unwrap();
             println!(
                 "{heads:?} for {capability:?}: {} bytes, {:.1?}",
                 binary.len(),

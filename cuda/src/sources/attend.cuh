@@ -78,32 +78,48 @@ struct Queries {
   }
 };
 
-// What a warp makes of one page, for sixteen rows. `begin(half, largest, weight)` is told of the lane's two rows, in
-// all four lanes that share them; then `take(tile, values)` of four values: of rows lane / 4 and lane / 4 + 8
-// (values 0, 1 and 2, 3) the dimensions 8 tile + 2 (lane % 4) and the next one.
-template <typename T, int HEAD_DIM, int KEY_STRIDE, int VALUE_STRIDE, typename Begin, typename Take>
-DEVICE void attend_page(const Queries<T, HEAD_DIM>& q, const T* keys, const T* values, int first_key, Begin begin,
-                        Take take) {
-  int lane = threadIdx.x % 32;
-  int quad = lane % 4;
-  int column = lane / 4;
-  float score[8][4];
+// A lane's part of eight keys of a page, or of eight dimensions of its values: row `lane / 4` of them, of each 64
+// elements the quarter `lane % 4`.
+template <int PARTS>
+struct Eight {
+  Sixteen part[PARTS];
+
+  template <typename T>
+  DEVICE void load(const T* row) {
 #pragma unroll
-  for (int tile = 0; tile < 8; ++tile) {
-    score[tile][0] = score[tile][1] = score[tile][2] = score[tile][3] = 0;
-    // Keys stand in such an order that a lane's weights, and later its values, are neighbours.
-    int key = column / 2 * 16 + tile / 2 * 4 + tile % 2 * 2 + column % 2;
-#pragma unroll
-    for (int part = 0; part < HEAD_DIM / 64; ++part) {
-      Sixteen k = load_sixteen(keys + key * KEY_STRIDE + part * 64 + quad * 16);
-#pragma unroll
-      for (int step = 0; step < 4; ++step) {
-        unsigned a[4] = {q.pair[part][0][2 * step], q.pair[part][1][2 * step], q.pair[part][0][2 * step + 1],
-                         q.pair[part][1][2 * step + 1]};
-        multiply<T>(score[tile], a, k.pair[2 * step], k.pair[2 * step + 1]);
-      }
+    for (int i = 0; i < PARTS; ++i) {
+      part[i] = load_sixteen(row + i * 64 + threadIdx.x % 4 * 16);
     }
   }
+};
+
+// Keys stand in such an order that a lane's weights, and later its values, are neighbours: the place in the page of the
+// lane's key of tile `tile`, of eight tiles of eight.
+DEVICE int key_of_tile(int tile) {
+  int column = threadIdx.x % 32 / 4;
+  return column / 2 * 16 + tile / 2 * 4 + tile % 2 * 2 + column % 2;
+}
+
+// Products of queries and eight keys.
+template <typename T, int HEAD_DIM>
+DEVICE void score_keys(const Queries<T, HEAD_DIM>& q, const Eight<HEAD_DIM / 64>& k, float (&score)[4]) {
+  score[0] = score[1] = score[2] = score[3] = 0;
+#pragma unroll
+  for (int part = 0; part < HEAD_DIM / 64; ++part) {
+#pragma unroll
+    for (int step = 0; step < 4; ++step) {
+      unsigned a[4] = {q.pair[part][0][2 * step], q.pair[part][1][2 * step], q.pair[part][0][2 * step + 1],
+                       q.pair[part][1][2 * step + 1]};
+      multiply<T>(score, a, k.part[part].pair[2 * step], k.part[part].pair[2 * step + 1]);
+    }
+  }
+}
+
+// Products of a page become weights, as places of A. `begin(half, largest, weight)` is told of the lane's two rows, in
+// all four lanes that share them.
+template <typename T, int HEAD_DIM, typename Begin>
+DEVICE void weigh_page(float (&score)[8][4], const int (&position)[2], int first_key, unsigned (&a)[4][4], Begin begin) {
+  int quad = threadIdx.x % 4;
   const float scale = rsqrtf(float(HEAD_DIM)) * 1.4426950408889634f;
   float most[2] = {NONE, NONE};
 #pragma unroll
@@ -111,7 +127,7 @@ DEVICE void attend_page(const Queries<T, HEAD_DIM>& q, const T* keys, const T* v
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       int key = first_key + quad * 16 + tile / 2 * 4 + tile % 2 * 2 + i % 2;
-      score[tile][i] = key <= q.position[i / 2] ? __fmul_rn(score[tile][i], scale) : NONE;
+      score[tile][i] = key <= position[i / 2] ? __fmul_rn(score[tile][i], scale) : NONE;
       most[i / 2] = fmaxf(most[i / 2], score[tile][i]);
     }
   }
@@ -136,7 +152,6 @@ DEVICE void attend_page(const Queries<T, HEAD_DIM>& q, const T* keys, const T* v
     sum[half] += __shfl_xor_sync(0xFFFFFFFF, sum[half], 2);
     begin(half, most[half], sum[half]);
   }
-  unsigned a[4][4];
 #pragma unroll
   for (int step = 0; step < 4; ++step) {
     a[step][0] = pack<T>(score[2 * step][0], score[2 * step][1]);
@@ -144,14 +159,38 @@ DEVICE void attend_page(const Queries<T, HEAD_DIM>& q, const T* keys, const T* v
     a[step][2] = pack<T>(score[2 * step + 1][0], score[2 * step + 1][1]);
     a[step][3] = pack<T>(score[2 * step + 1][2], score[2 * step + 1][3]);
   }
+}
+
+// Weighted sums of eight dimensions.
+template <typename T>
+DEVICE void sum_values(const unsigned (&a)[4][4], const Eight<1>& v, float (&o)[4]) {
+  o[0] = o[1] = o[2] = o[3] = 0;
+#pragma unroll
+  for (int step = 0; step < 4; ++step) {
+    multiply<T>(o, a[step], v.part[0].pair[2 * step], v.part[0].pair[2 * step + 1]);
+  }
+}
+
+// What a warp makes of one page, for sixteen rows: `begin` as above, then `take(tile, values)` of four values: of rows
+// lane / 4 and lane / 4 + 8 (values 0, 1 and 2, 3) the dimensions 8 tile + 2 (lane % 4) and the next one.
+template <typename T, int HEAD_DIM, int KEY_STRIDE, int VALUE_STRIDE, typename Begin, typename Take>
+DEVICE void attend_page(const Queries<T, HEAD_DIM>& q, const T* keys, const T* values, int first_key, Begin begin,
+                        Take take) {
+  float score[8][4];
+#pragma unroll
+  for (int tile = 0; tile < 8; ++tile) {
+    Eight<HEAD_DIM / 64> k;
+    k.load(keys + key_of_tile(tile) * KEY_STRIDE);
+    score_keys<T, HEAD_DIM>(q, k, score[tile]);
+  }
+  unsigned a[4][4];
+  weigh_page<T, HEAD_DIM>(score, q.position, first_key, a, begin);
 #pragma unroll
   for (int tile = 0; tile < HEAD_DIM / 8; ++tile) {
-    Sixteen v = load_sixteen(values + (tile * 8 + column) * VALUE_STRIDE + quad * 16);
-    float o[4] = {0, 0, 0, 0};
-#pragma unroll
-    for (int step = 0; step < 4; ++step) {
-      multiply<T>(o, a[step], v.pair[2 * step], v.pair[2 * step + 1]);
-    }
+    Eight<1> v;
+    v.load(values + (tile * 8 + threadIdx.x % 32 / 4) * VALUE_STRIDE);
+    float o[4];
+    sum_values<T>(a, v, o);
     take(tile, o);
   }
 }
@@ -171,7 +210,7 @@ DEVICE void stage_page(T* staged, const T* page, int thread) {
   unsigned to = __cvta_generic_to_shared(staged + thread / VECTORS * STRIDE + thread % VECTORS * 8);
 #pragma unroll
   for (int i = 0; i < ROWS * VECTORS / THREADS; ++i) {
-    copy_sixteen(to + i * (THREADS / VECTORS) * STRIDE * 2, page + (i * THREADS + thread) * 8);
+    copy_vector<16>(to + i * (THREADS / VECTORS) * STRIDE * 2, page + (i * THREADS + thread) * 8);
   }
 }
 

@@ -56,9 +56,14 @@ DEVICE Sixteen load_sixteen(const void* from) {
   return {{low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w}};
 }
 
-// Begins to copy sixteen bytes to shared memory.
-DEVICE void copy_sixteen(unsigned to, const void* from) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(from));
+// Begins to copy eight or sixteen bytes to shared memory.
+template <int BYTES>
+DEVICE void copy_vector(unsigned to, const void* from) {
+  if constexpr (BYTES == 16) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(from));
+  } else {
+    asm volatile("cp.async.ca.shared.global [%0], [%1], %2;" ::"r"(to), "l"(from), "n"(BYTES));
+  }
 }
 
 template <typename T>

@@ -5,6 +5,9 @@
 // order. So each output is a fixed sequence of roundings, whichever of the kernels makes it.
 //
 // BITS: 4 or 8, codes with a scale and a bias for each GROUP of a row; or 16, elements of T.
+//
+// Weights are laid out as a warp reads them (`layout.rs`): sixteen rows of a block stand together, in vectors of which
+// each lane has its own.
 
 constexpr int RANGES = 8;
 
@@ -16,13 +19,12 @@ constexpr int GATED = 4;
 
 template <typename T, typename Out>
 struct Linear {
-  const T* x;               // [m, k]
-  const unsigned* weight;   // [n, k] codes
-  const T* scales;          // [n, k / GROUP]
-  const T* biases;          // the same
-  const T* bias;            // [n]
-  const T* residual;        // [m, n]
-  Out* out;                 // [m, n], or [m, n / 2] where GATED
+  const T* x;                 // [m, k]
+  const unsigned char* codes; // [n / 16, k / BLOCK] of Tile::BYTES
+  const T* scales;            // [n / 16, k / GROUP, 8]: scale and bias of row i, of row i + 8
+  const T* bias;              // [n]
+  const T* residual;          // [m, n]
+  Out* out;                   // [m, n], or [m, n / 2] where GATED
   int m;
   int n;
   int k;
@@ -30,49 +32,39 @@ struct Linear {
 };
 
 template <int WORDS>
-DEVICE void load_words(unsigned (&word)[WORDS], const unsigned char* from) {
-  if constexpr (WORDS == 8) {
-    Sixteen all = load_sixteen(from);
+DEVICE void load_words(unsigned (&word)[WORDS], const void* from) {
+  if constexpr (WORDS >= 4) {
 #pragma unroll
-    for (int i = 0; i < 8; ++i) {
-      word[i] = all.pair[i];
+    for (int i = 0; i < WORDS / 4; ++i) {
+      uint4 v = reinterpret_cast<const uint4*>(from)[i];
+      word[4 * i] = v.x;
+      word[4 * i + 1] = v.y;
+      word[4 * i + 2] = v.z;
+      word[4 * i + 3] = v.w;
     }
-  } else if constexpr (WORDS == 4) {
-    uint4 v = *reinterpret_cast<const uint4*>(from);
-    word[0] = v.x; word[1] = v.y; word[2] = v.z; word[3] = v.w;
-  } else if constexpr (WORDS == 2) {
-    uint2 v = *reinterpret_cast<const uint2*>(from);
-    word[0] = v.x; word[1] = v.y;
   } else {
-    word[0] = *reinterpret_cast<const unsigned*>(from);
+    static_assert(WORDS == 2, "rows of a block are read in vectors of eight or sixteen bytes");
+    uint2 v = *reinterpret_cast<const uint2*>(from);
+    word[0] = v.x;
+    word[1] = v.y;
   }
 }
 
 // Weights are read once: they pass by the first-level cache.
 template <int WORDS>
-DEVICE void stream_words(unsigned (&word)[WORDS], const unsigned char* from) {
-  if constexpr (WORDS == 8) {
-    unsigned low[4], high[4];
-    stream_words<4>(low, from);
-    stream_words<4>(high, from + 16);
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      word[i] = low[i];
-      word[i + 4] = high[i];
-    }
-  } else if constexpr (WORDS == 4) {
+DEVICE void stream_words(unsigned (&word)[WORDS], const void* from) {
+  if constexpr (WORDS == 4) {
     asm volatile("ld.global.nc.L1::no_allocate.L2::128B.v4.u32 {%0,%1,%2,%3}, [%4];"
         : "=r"(word[0]), "=r"(word[1]), "=r"(word[2]), "=r"(word[3]) : "l"(from));
-  } else if constexpr (WORDS == 2) {
-    asm volatile("ld.global.nc.L1::no_allocate.L2::128B.v2.u32 {%0,%1}, [%2];" : "=r"(word[0]), "=r"(word[1]) : "l"(from));
   } else {
-    asm volatile("ld.global.nc.L1::no_allocate.L2::128B.u32 %0, [%1];" : "=r"(word[0]) : "l"(from));
+    static_assert(WORDS == 2, "vectors have eight or sixteen bytes");
+    asm volatile("ld.global.nc.L1::no_allocate.L2::128B.v2.u32 {%0,%1}, [%2];" : "=r"(word[0]), "=r"(word[1]) : "l"(from));
   }
 }
 
 // A lane's codes of one row of a block become its places of A.
 template <typename T, int BITS, int STEPS>
-DEVICE void to_places(const unsigned (&word)[STEPS * 4 * BITS / 32], unsigned (&low)[STEPS], unsigned (&high)[STEPS]) {
+DEVICE void to_places(const unsigned* word, unsigned (&low)[STEPS], unsigned (&high)[STEPS]) {
 #pragma unroll
   for (int step = 0; step < STEPS; ++step) {
     if constexpr (BITS == 16) {
@@ -97,53 +89,59 @@ DEVICE void to_places(const unsigned (&word)[STEPS * 4 * BITS / 32], unsigned (&
   }
 }
 
-// Sixteen rows of W in one warp's registers, a block at a time.
+// Sixteen rows of W in one warp's registers, a block at a time. Lane l has of rows l / 4 and l / 4 + 8 the quarter l % 4
+// of the block.
 template <typename T, int BITS, int GROUP>
 struct Tile {
   static constexpr int BLOCK = GROUP < 64 ? GROUP : 64;
   static constexpr int STEPS = BLOCK / 16;
-  static constexpr int WORDS = STEPS * 4 * BITS / 32;
+  static constexpr int WORDS = STEPS * 4 * BITS / 32; // of a row, to a lane
+  static constexpr int VECTOR = 2 * WORDS < 4 ? 2 * WORDS : 4; // words
+  static constexpr int VECTORS = 2 * WORDS / VECTOR; // of a lane
+  static constexpr int BYTES = 2 * WORDS * 4 * 32;
   static constexpr bool IS_QUANTIZED = BITS < 16;
+  static constexpr int SCALE_BYTES = IS_QUANTIZED ? 64 : 0; // of a group
 
-  const unsigned char* codes[2];
-  const T* scales[2];
-  const T* biases[2];
-
-  DEVICE Tile(const unsigned* w, const T* s, const T* z, int first_row, int k) {
-    int lane = threadIdx.x % 32;
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      size_t row = first_row + lane / 4 + 8 * half;
-      codes[half] = reinterpret_cast<const unsigned char*>(w) + row * (k / 8 * BITS) + (lane % 4) * (WORDS * 4);
-      scales[half] = s + row * (k / GROUP);
-      biases[half] = z + row * (k / GROUP);
-    }
-  }
-
-  struct Raw {
-    unsigned word[2][WORDS];
-    // Not converted before they are used: that would wait for them.
+  // Scales and biases of a lane's two rows, not converted before they are used: that would wait for them.
+  struct Scales {
     T scale[2];
     T bias[2];
   };
 
-  DEVICE Raw load(int block) const {
-    Raw raw;
+  // A lane's words of a block: of one in shared memory, or of one of the weight.
+  template <bool IS_STAGED>
+  DEVICE static void load(unsigned (&word)[2 * WORDS], const unsigned char* block) {
+    const unsigned char* from = block + threadIdx.x % 32 * (VECTOR * 4);
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      stream_words<WORDS>(raw.word[half], codes[half] + size_t(block) * (BLOCK / 8 * BITS));
-      if constexpr (IS_QUANTIZED) {
-        raw.scale[half] = scales[half][block * BLOCK / GROUP];
-        raw.bias[half] = biases[half][block * BLOCK / GROUP];
+    for (int v = 0; v < VECTORS; ++v) {
+      unsigned vector[VECTOR];
+      if constexpr (IS_STAGED) {
+        load_words<VECTOR>(vector, from + v * (VECTOR * 4 * 32));
+      } else {
+        stream_words<VECTOR>(vector, from + v * (VECTOR * 4 * 32));
+      }
+#pragma unroll
+      for (int i = 0; i < VECTOR; ++i) {
+        word[v * VECTOR + i] = vector[i];
       }
     }
-    return raw;
   }
 
-  DEVICE static void unpack(const unsigned (&word)[2][WORDS], unsigned (&a)[STEPS][4]) {
+  // A lane's part of a group's scales.
+  DEVICE static Scales load_scales(const void* group) {
+    uint2 v = reinterpret_cast<const uint2*>(group)[threadIdx.x % 32 / 4];
+    Scales scales;
+    scales.scale[0].bits = v.x & 0xFFFF;
+    scales.bias[0].bits = v.x >> 16;
+    scales.scale[1].bits = v.y & 0xFFFF;
+    scales.bias[1].bits = v.y >> 16;
+    return scales;
+  }
+
+  DEVICE static void unpack(const unsigned (&word)[2 * WORDS], unsigned (&a)[STEPS][4]) {
     unsigned low[2][STEPS], high[2][STEPS];
-    to_places<T, BITS, STEPS>(word[0], low[0], high[0]);
-    to_places<T, BITS, STEPS>(word[1], low[1], high[1]);
+    to_places<T, BITS, STEPS>(word, low[0], high[0]);
+    to_places<T, BITS, STEPS>(word + WORDS, low[1], high[1]);
 #pragma unroll
     for (int step = 0; step < STEPS; ++step) {
       a[step][0] = low[0][step];
@@ -165,12 +163,11 @@ struct Tile {
   }
 
   // A block's products of eight columns, added to their range's sums. total: sums of x alone, unless the weight is plain.
-  DEVICE static void add(float (&sum)[4], const float (&product)[4], const T (&scale)[2], const T (&bias)[2],
-                         const float (&total)[4]) {
+  DEVICE static void add(float (&sum)[4], const float (&product)[4], const Scales& of, const float (&total)[4]) {
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       if constexpr (IS_QUANTIZED) {
-        sum[i] = __fmaf_rn(float(bias[i / 2]), total[i], __fmaf_rn(float(scale[i / 2]), product[i], sum[i]));
+        sum[i] = __fmaf_rn(float(of.bias[i / 2]), total[i], __fmaf_rn(float(of.scale[i / 2]), product[i], sum[i]));
       } else {
         sum[i] = __fadd_rn(sum[i], product[i]);
       }
@@ -178,12 +175,15 @@ struct Tile {
   }
 };
 
+DEVICE float gated(float gate, float other) {
+  return gate / (1.0f + __expf(-gate)) * other;
+}
+
 // Writes two sums of a column: of output `row` and of `row + 8`.
 template <typename T, typename Out>
 DEVICE void finish(const Linear<T, Out>& of, float low, float high, int column, int row) {
   if (of.mode & GATED) {
-    float gate = low / (1.0f + __expf(-low));
-    of.out[size_t(column) * (of.n / 2) + row / 16 * 8 + row % 16] = Out(gate * high);
+    of.out[size_t(column) * (of.n / 2) + row / 16 * 8 + row % 16] = Out(gated(low, high));
     return;
   }
   float sums[2] = {low, high};
@@ -211,16 +211,27 @@ DEVICE void linear_few(const Linear<T, Out>& of) {
   int lane = threadIdx.x % 32;
   int warp = threadIdx.x / 32;
   int first_column = blockIdx.y * NT * 8;
-  W tile(of.weight, of.scales, of.biases, blockIdx.x * 16, of.k);
   int blocks = of.k / W::BLOCK;
+  const unsigned char* codes = of.codes + size_t(blockIdx.x) * blocks * W::BYTES;
+  const T* scales = of.scales + size_t(blockIdx.x) * (of.k / GROUP) * 32;
   int range = (blocks + RANGES - 1) / RANGES;
   int begin = warp * range;
   int end = min(blocks, begin + range);
-  typename W::Raw raw[AHEAD];
+  struct Raw {
+    unsigned word[2 * W::WORDS];
+    typename W::Scales scales;
+  };
+  auto load = [&](Raw& raw, int block) {
+    W::template load<false>(raw.word, codes + size_t(block) * W::BYTES);
+    if constexpr (W::IS_QUANTIZED) {
+      raw.scales = W::load_scales(scales + block * W::BLOCK / GROUP * 32);
+    }
+  };
+  Raw raw[AHEAD];
 #pragma unroll
   for (int ahead = 0; ahead < AHEAD; ++ahead) {
     if (begin + ahead < end) {
-      raw[ahead] = tile.load(begin + ahead);
+      load(raw[ahead], begin + ahead);
     }
   }
   const T* column[NT];
@@ -230,27 +241,23 @@ DEVICE void linear_few(const Linear<T, Out>& of) {
     int at = min(first_column + nt * 8 + lane / 4, of.m - 1);
     column[nt] = of.x + size_t(at) * of.k + (lane % 4) * (W::BLOCK / 4);
   }
-  float sum[NT][4];
-#pragma unroll
-  for (int nt = 0; nt < NT; ++nt) {
-    sum[nt][0] = sum[nt][1] = sum[nt][2] = sum[nt][3] = 0;
-  }
+  float sum[NT][4] = {};
   wait_for_previous();
   for (int first = begin; first < end; first += AHEAD) {
 #pragma unroll
     for (int ahead = 0; ahead < AHEAD; ++ahead) {
       int block = first + ahead;
       if (block < end) {
-        typename W::Raw now = raw[ahead];
+        Raw now = raw[ahead];
         if (block + AHEAD < end) {
-          raw[ahead] = tile.load(block + AHEAD);
+          load(raw[ahead], block + AHEAD);
         }
         unsigned a[W::STEPS][4];
         W::unpack(now.word, a);
 #pragma unroll
         for (int nt = 0; nt < NT; ++nt) {
           unsigned values[2 * W::STEPS];
-          load_words<2 * W::STEPS>(values, reinterpret_cast<const unsigned char*>(column[nt] + block * W::BLOCK));
+          load_words<2 * W::STEPS>(values, column[nt] + block * W::BLOCK);
           float of_x[4];
           if constexpr (W::IS_QUANTIZED) {
             W::add_up(of_x, values);
@@ -260,7 +267,7 @@ DEVICE void linear_few(const Linear<T, Out>& of) {
           for (int step = 0; step < W::STEPS; ++step) {
             multiply<T>(product, a[step], values[2 * step], values[2 * step + 1]);
           }
-          W::add(sum[nt], product, now.scale, now.bias, of_x);
+          W::add(sum[nt], product, now.scales, of_x);
         }
       }
     }
@@ -300,12 +307,10 @@ struct Wide {
   static constexpr int ROWS = 64;
   static constexpr int OUTPUTS = 128;
   static constexpr int STAGES = BITS == 16 ? 3 : 4; // as many as smaller GPUs have memory for
-  // Bytes of a row of each; so that lanes read different banks.
+  // Bytes of a row; so that lanes read different banks.
   static constexpr int X_STRIDE = W::BLOCK * 2 + 16;
-  static constexpr int CODE_BYTES = W::BLOCK / 8 * BITS;
-  static constexpr int CODE_STRIDE = BITS == 16 ? CODE_BYTES + 16 : CODE_BYTES;
   static constexpr int X_BYTES = ROWS * X_STRIDE;
-  static constexpr int STAGE_BYTES = X_BYTES + OUTPUTS * CODE_STRIDE;
+  static constexpr int STAGE_BYTES = X_BYTES + OUTPUTS / 16 * W::BYTES;
   static constexpr int BYTES = STAGES * STAGE_BYTES;
 };
 
@@ -327,21 +332,21 @@ DEVICE void linear_wide(const Linear<T, Out>& of) {
   int first_row = warp % 4 * 32;
   int blocks = of.k / W::BLOCK;
   int range = (blocks + RANGES - 1) / RANGES;
-  // A thread copies sixteen bytes of the same column of a few rows; outputs and rows past the end are computed as the
-  // last one, and not written.
-  constexpr int CODE_VECTORS = S::CODE_BYTES / 16;
-  constexpr int CODE_COPIES = (S::OUTPUTS * CODE_VECTORS + THREADS - 1) / THREADS;
+  // A thread copies sixteen bytes of a few tiles, and of the same column of a few rows of x; tiles and rows past the end
+  // are computed as the last one, and not written.
+  constexpr int TILE_VECTORS = W::BYTES / 16;
+  constexpr int CODE_VECTORS = S::OUTPUTS / 16 * TILE_VECTORS;
+  constexpr int CODE_COPIES = (CODE_VECTORS + THREADS - 1) / THREADS;
   constexpr int X_VECTORS = W::BLOCK / 8;
   constexpr int X_COPIES = (S::ROWS * X_VECTORS + THREADS - 1) / THREADS;
   const unsigned char* code_from[CODE_COPIES];
   const unsigned char* x_from[X_COPIES];
-  int code_row = threadIdx.x / CODE_VECTORS;
   int x_row = threadIdx.x / X_VECTORS;
 #pragma unroll
   for (int i = 0; i < CODE_COPIES; ++i) {
-    size_t row = min(first_output + code_row + i * (THREADS / CODE_VECTORS), of.n - 1);
-    code_from[i] = reinterpret_cast<const unsigned char*>(of.weight) + row * (size_t(of.k) / 8 * BITS) +
-                   threadIdx.x % CODE_VECTORS * 16;
+    int vector = i * THREADS + threadIdx.x;
+    size_t tile = min(first_output / 16 + vector / TILE_VECTORS, of.n / 16 - 1);
+    code_from[i] = of.codes + tile * blocks * W::BYTES + vector % TILE_VECTORS * 16;
   }
 #pragma unroll
   for (int i = 0; i < X_COPIES; ++i) {
@@ -349,14 +354,13 @@ DEVICE void linear_wide(const Linear<T, Out>& of) {
     x_from[i] = reinterpret_cast<const unsigned char*>(of.x + row * of.k) + threadIdx.x % X_VECTORS * 16;
   }
   unsigned begin = __cvta_generic_to_shared(staged);
-  unsigned code_to = begin + S::X_BYTES + code_row * S::CODE_STRIDE + threadIdx.x % CODE_VECTORS * 16;
+  unsigned code_to = begin + S::X_BYTES + threadIdx.x * 16;
   unsigned x_to = begin + x_row * S::X_STRIDE + threadIdx.x % X_VECTORS * 16;
   auto stage_codes = [&](int block, int stage) {
 #pragma unroll
     for (int i = 0; i < CODE_COPIES; ++i) {
-      if (S::OUTPUTS * CODE_VECTORS % THREADS == 0 || code_row + i * (THREADS / CODE_VECTORS) < S::OUTPUTS) {
-        copy_sixteen(code_to + stage * S::STAGE_BYTES + i * (THREADS / CODE_VECTORS) * S::CODE_STRIDE,
-                     code_from[i] + block * S::CODE_BYTES);
+      if (CODE_VECTORS % THREADS == 0 || i * THREADS + threadIdx.x < CODE_VECTORS) {
+        copy_vector<16>(code_to + stage * S::STAGE_BYTES + i * THREADS * 16, code_from[i] + size_t(block) * W::BYTES);
       }
     }
   };
@@ -364,36 +368,20 @@ DEVICE void linear_wide(const Linear<T, Out>& of) {
 #pragma unroll
     for (int i = 0; i < X_COPIES; ++i) {
       if (S::ROWS * X_VECTORS % THREADS == 0 || x_row + i * (THREADS / X_VECTORS) < S::ROWS) {
-        copy_sixteen(x_to + stage * S::STAGE_BYTES + i * (THREADS / X_VECTORS) * S::X_STRIDE,
-                     x_from[i] + block * W::BLOCK * 2);
+        copy_vector<16>(x_to + stage * S::STAGE_BYTES + i * (THREADS / X_VECTORS) * S::X_STRIDE,
+                        x_from[i] + block * W::BLOCK * 2);
       }
     }
   };
   auto commit = [] { asm volatile("cp.async.commit_group;"); };
 
-  const T* scales[TILES][2];
-  const T* biases[TILES][2];
-  T scale[2][TILES][2], bias[2][TILES][2]; // of this block and of the next one
-  if constexpr (W::IS_QUANTIZED) {
-#pragma unroll
-    for (int t = 0; t < TILES; ++t) {
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        size_t row = min(first_output + first_row + 16 * t + lane / 4 + 8 * half, of.n - 1);
-        scales[t][half] = of.scales + row * (of.k / GROUP);
-        biases[t][half] = of.biases + row * (of.k / GROUP);
-      }
-    }
-  }
+  typename W::Scales scales[2][TILES]; // of this block and of the next one
   auto load_scales = [&](int block, int to) {
     if constexpr (W::IS_QUANTIZED) {
 #pragma unroll
       for (int t = 0; t < TILES; ++t) {
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-          scale[to][t][half] = scales[t][half][block * W::BLOCK / GROUP];
-          bias[to][t][half] = biases[t][half][block * W::BLOCK / GROUP];
-        }
+        size_t tile = min((first_output + first_row) / 16 + t, of.n / 16 - 1);
+        scales[to][t] = W::load_scales(of.scales + (tile * (of.k / GROUP) + block * W::BLOCK / GROUP) * 32);
       }
     }
   };
@@ -429,11 +417,7 @@ DEVICE void linear_wide(const Linear<T, Out>& of) {
     stage_ahead = stage_ahead + 1 == S::STAGES ? 0 : stage_ahead + 1;
 #pragma unroll
     for (int t = 0; t < TILES; ++t) {
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        scale[0][t][half] = scale[1][t][half];
-        bias[0][t][half] = bias[1][t][half];
-      }
+      scales[0][t] = scales[1][t];
     }
     load_scales(min(block + 1, blocks - 1), 1);
     const unsigned char* x = staged + stage * S::STAGE_BYTES;
@@ -453,12 +437,8 @@ DEVICE void linear_wide(const Linear<T, Out>& of) {
     unsigned a[TILES][W::STEPS][4];
 #pragma unroll
     for (int t = 0; t < TILES; ++t) {
-      unsigned word[2][W::WORDS];
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        int row = first_row + 16 * t + lane / 4 + 8 * half;
-        load_words<W::WORDS>(word[half], x + S::X_BYTES + row * S::CODE_STRIDE + (lane % 4) * (W::WORDS * 4));
-      }
+      unsigned word[2 * W::WORDS];
+      W::template load<true>(word, x + S::X_BYTES + (first_row / 16 + t) * W::BYTES);
       W::unpack(word, a[t]);
     }
     // All products of the block side by side: each is a chain of its own.
@@ -488,7 +468,7 @@ DEVICE void linear_wide(const Linear<T, Out>& of) {
       }
 #pragma unroll
       for (int t = 0; t < TILES; ++t) {
-        W::add(sum[t][c], product[t][c], scale[0][t], bias[0][t], of_x);
+        W::add(sum[t][c], product[t][c], scales[0][t], of_x);
       }
     }
     if (block == end_of_range || block + 1 == blocks) {
@@ -526,20 +506,28 @@ DEVICE void linear_wide(const Linear<T, Out>& of) {
 
 // Rows of W: out[i] = W[tokens[i]], a thread block a row.
 template <typename T, int BITS, int GROUP>
-DEVICE void look_up(const unsigned* weight, const T* scales, const T* biases, const int* tokens, T* out, int k) {
+DEVICE void look_up(const unsigned char* codes, const T* scales, const int* tokens, T* out, int k) {
+  using W = Tile<T, BITS, GROUP>;
+  constexpr int QUARTER = W::BLOCK / 4;
   let_next_begin();
   wait_for_previous();
-  size_t row = tokens[blockIdx.x];
+  int row = tokens[blockIdx.x];
+  size_t tile = row / 16;
+  int half = row % 16 / 8;
   for (int at = threadIdx.x; at < k; at += blockDim.x) {
+    int block = at / W::BLOCK;
+    int lane = row % 8 * 4 + at % W::BLOCK / QUARTER;
+    int bit = at % QUARTER * BITS;
+    int word = half * W::WORDS + bit / 32;
+    size_t first = (tile * (k / W::BLOCK) + block) * (W::BYTES / 4);
+    int place = (word / W::VECTOR * 32 + lane) * W::VECTOR + word % W::VECTOR;
+    unsigned bits = reinterpret_cast<const unsigned*>(codes)[first + place] >> (bit % 32);
     T* to = out + size_t(blockIdx.x) * k + at;
     if constexpr (BITS == 16) {
-      *to = reinterpret_cast<const T*>(weight)[row * k + at];
+      to->bits = bits;
     } else {
-      constexpr int PER_WORD = 32 / BITS;
-      unsigned word = weight[row * (k / PER_WORD) + at / PER_WORD];
-      float code = float((word >> (at % PER_WORD * BITS)) & ((1u << BITS) - 1));
-      size_t group = row * (k / GROUP) + at / GROUP;
-      *to = T(__fmaf_rn(float(scales[group]), code, float(biases[group])));
+      const T* of = scales + (tile * (k / GROUP) + at / GROUP) * 32 + row % 8 * 4 + half * 2;
+      *to = T(__fmaf_rn(float(of[0]), float(bits & ((1u << BITS) - 1)), float(of[1])));
     }
   }
 }

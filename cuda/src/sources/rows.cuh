@@ -9,15 +9,9 @@ DEVICE float sum_of_warp(float value) {
   return value;
 }
 
-// out[i] = x[rows[i]] / rms * weight (x[i] without `rows`), a thread block of 256 a row.
+// to = from / rms * weight, by a thread block of 256. of_warp: eight numbers of shared memory.
 template <typename T>
-DEVICE void rms_norm(const T* x, const T* weight, const int* rows, T* out, int width, float eps) {
-  __shared__ float of_warp[8];
-  let_next_begin();
-  wait_for_previous();
-  int row = rows ? rows[blockIdx.x] : blockIdx.x;
-  const T* from = x + size_t(row) * width;
-  T* to = out + size_t(blockIdx.x) * width;
+DEVICE void norm_row(const T* from, const T* weight, T* to, int width, float eps, float* of_warp) {
   float squares = 0;
   for (int at = threadIdx.x; at < width; at += 256) {
     float value = float(from[at]);
@@ -39,52 +33,52 @@ DEVICE void rms_norm(const T* x, const T* weight, const int* rows, T* out, int w
   }
 }
 
-// Queries, keys and values of new tokens: norms over a head where there are some, rotation by position, and keys and
-// values written to their pages. One warp a head of a token.
-//
-// places: [rows, 2], the token's position, and where it stands in the pools (page * PAGE + place in it).
-template <typename T, int QUERY_HEADS, int KV_HEADS, int HEAD_DIM, bool HAS_NORM>
-DEVICE void rotate(const T* qkv, const T* q_norm, const T* k_norm, const float* frequencies, const int* places,
-                   T* queries, T* keys, T* values, int rows, float eps) {
-  constexpr int HEADS = QUERY_HEADS + 2 * KV_HEADS;
-  constexpr int PAIRS = HEAD_DIM / 2;
-  constexpr int EACH = (PAIRS + 31) / 32;
+// out[i] = x[rows[i]] / rms * weight (x[i] without `rows`), a thread block of 256 a row.
+template <typename T>
+DEVICE void rms_norm(const T* x, const T* weight, const int* rows, T* out, int width, float eps) {
+  __shared__ float of_warp[8];
   let_next_begin();
   wait_for_previous();
-  int warp = (blockIdx.x * blockDim.x + threadIdx.x) / 32;
-  int lane = threadIdx.x % 32;
-  int row = warp / HEADS;
-  int head = warp % HEADS;
-  if (row >= rows) {
-    return;
-  }
-  const T* from = qkv + size_t(row) * HEADS * HEAD_DIM + head * HEAD_DIM;
+  int row = rows ? rows[blockIdx.x] : blockIdx.x;
+  norm_row(x + size_t(row) * width, weight, out + size_t(blockIdx.x) * width, width, eps, of_warp);
+}
+
+// One head of a token in a warp's registers: pairs lane, lane + 32 of its halves.
+template <typename T, int HEAD_DIM>
+struct Head {
+  static constexpr int PAIRS = HEAD_DIM / 2;
+  static constexpr int EACH = (PAIRS + 31) / 32;
   float low[EACH];
   float high[EACH];
+
+  DEVICE void load(const T* from) {
+    int lane = threadIdx.x % 32;
 #pragma unroll
-  for (int i = 0; i < EACH; ++i) {
-    int pair = lane + 32 * i;
-    low[i] = pair < PAIRS ? float(from[pair]) : 0.0f;
-    high[i] = pair < PAIRS ? float(from[pair + PAIRS]) : 0.0f;
-  }
-  bool is_value = head >= QUERY_HEADS + KV_HEADS;
-  if (!is_value) {
-    if constexpr (HAS_NORM) {
-      const T* weight = head < QUERY_HEADS ? q_norm : k_norm;
-      float squares = 0;
-#pragma unroll
-      for (int i = 0; i < EACH; ++i) {
-        squares += low[i] * low[i] + high[i] * high[i];
-      }
-      float scale = rsqrtf(sum_of_warp(squares) / HEAD_DIM + eps);
-#pragma unroll
-      for (int i = 0; i < EACH; ++i) {
-        int pair = min(lane + 32 * i, PAIRS - 1);
-        low[i] *= scale * float(weight[pair]);
-        high[i] *= scale * float(weight[pair + PAIRS]);
-      }
+    for (int i = 0; i < EACH; ++i) {
+      int pair = lane + 32 * i;
+      low[i] = pair < PAIRS ? float(from[pair]) : 0.0f;
+      high[i] = pair < PAIRS ? float(from[pair + PAIRS]) : 0.0f;
     }
-    float position = float(places[2 * row]);
+  }
+
+  DEVICE void norm(const T* weight, float eps) {
+    int lane = threadIdx.x % 32;
+    float squares = 0;
+#pragma unroll
+    for (int i = 0; i < EACH; ++i) {
+      squares += low[i] * low[i] + high[i] * high[i];
+    }
+    float scale = rsqrtf(sum_of_warp(squares) / HEAD_DIM + eps);
+#pragma unroll
+    for (int i = 0; i < EACH; ++i) {
+      int pair = min(lane + 32 * i, PAIRS - 1);
+      low[i] *= scale * float(weight[pair]);
+      high[i] *= scale * float(weight[pair + PAIRS]);
+    }
+  }
+
+  DEVICE void rotate(const float* frequencies, float position) {
+    int lane = threadIdx.x % 32;
 #pragma unroll
     for (int i = 0; i < EACH; ++i) {
       float sine, cosine;
@@ -94,30 +88,64 @@ DEVICE void rotate(const T* qkv, const T* q_norm, const T* k_norm, const float* 
       low[i] = turned;
     }
   }
-  int target = places[2 * row + 1];
-  size_t page = target / PAGE;
-  int place = target % PAGE;
+
+  // Elements `stride` apart.
+  DEVICE void store(T* to, int stride) const {
+    int lane = threadIdx.x % 32;
 #pragma unroll
-  for (int i = 0; i < EACH; ++i) {
-    int pair = lane + 32 * i;
-    if (pair >= PAIRS) {
-      continue;
+    for (int i = 0; i < EACH; ++i) {
+      int pair = lane + 32 * i;
+      if (pair < PAIRS) {
+        to[pair * stride] = T(low[i]);
+        to[(pair + PAIRS) * stride] = T(high[i]);
+      }
     }
-    if (head < QUERY_HEADS) {
-      T* to = queries + (size_t(row) * QUERY_HEADS + head) * HEAD_DIM;
-      to[pair] = T(low[i]);
-      to[pair + PAIRS] = T(high[i]);
-    } else if (!is_value) {
-      // [pages, kv heads, PAGE, head_dim]
-      T* to = keys + ((page * KV_HEADS + head - QUERY_HEADS) * PAGE + place) * HEAD_DIM;
-      to[pair] = T(low[i]);
-      to[pair + PAIRS] = T(high[i]);
-    } else {
-      // [pages, kv heads, head_dim, PAGE]
-      T* to = values + (page * KV_HEADS + head - QUERY_HEADS - KV_HEADS) * HEAD_DIM * PAGE + place;
-      to[pair * PAGE] = T(low[i]);
-      to[(pair + PAIRS) * PAGE] = T(high[i]);
+  }
+};
+
+// Where a token's keys and values of one kv head stand in the pools: keys are [pages, kv heads, PAGE, head_dim], values
+// [pages, kv heads, head_dim, PAGE], `target` is page * PAGE + place in it.
+template <int KV_HEADS, int HEAD_DIM>
+DEVICE size_t place_of_key(int target, int kv_head) {
+  return ((size_t(target / PAGE) * KV_HEADS + kv_head) * PAGE + target % PAGE) * HEAD_DIM;
+}
+
+template <int KV_HEADS, int HEAD_DIM>
+DEVICE size_t place_of_value(int target, int kv_head) {
+  return (size_t(target / PAGE) * KV_HEADS + kv_head) * HEAD_DIM * PAGE + target % PAGE;
+}
+
+// Queries, keys and values of new tokens: norms over a head where there are some, rotation by position, and keys and
+// values written to their pages. One warp a head of a token.
+//
+// places: [rows, 2], the token's position, and where it stands in the pools.
+template <typename T, int QUERY_HEADS, int KV_HEADS, int HEAD_DIM, bool HAS_NORM>
+DEVICE void rotate(const T* qkv, const T* q_norm, const T* k_norm, const float* frequencies, const int* places,
+                   T* queries, T* keys, T* values, int rows, float eps) {
+  constexpr int HEADS = QUERY_HEADS + 2 * KV_HEADS;
+  let_next_begin();
+  wait_for_previous();
+  int warp = (blockIdx.x * blockDim.x + threadIdx.x) / 32;
+  int row = warp / HEADS;
+  int head = warp % HEADS;
+  if (row >= rows) {
+    return;
+  }
+  Head<T, HEAD_DIM> of;
+  of.load(qkv + (size_t(row) * HEADS + head) * HEAD_DIM);
+  if (head < QUERY_HEADS + KV_HEADS) {
+    if constexpr (HAS_NORM) {
+      of.norm(head < QUERY_HEADS ? q_norm : k_norm, eps);
     }
+    of.rotate(frequencies, float(places[2 * row]));
+  }
+  int target = places[2 * row + 1];
+  if (head < QUERY_HEADS) {
+    of.store(queries + (size_t(row) * QUERY_HEADS + head) * HEAD_DIM, 1);
+  } else if (head < QUERY_HEADS + KV_HEADS) {
+    of.store(keys + place_of_key<KV_HEADS, HEAD_DIM>(target, head - QUERY_HEADS), 1);
+  } else {
+    of.store(values + place_of_value<KV_HEADS, HEAD_DIM>(target, head - QUERY_HEADS - KV_HEADS), PAGE);
   }
 }
 

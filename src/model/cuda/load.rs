@@ -8,7 +8,9 @@ use super::super::weights::Weights;
 use crate::plan::WireDtype;
 use anyhow::{Context, Result, anyhow, bail, ensure};
 use half::{bf16, f16};
-use mlx_pipe_cuda::{Buffer, Element, Format, Gpu, Heads, Model, Weight};
+use mlx_pipe_cuda::{
+    Buffer, Decode, Element, Format, Gpu, Heads, Model, Weight, arrange_codes, arrange_scales,
+};
 use std::collections::BTreeSet;
 use std::sync::Arc;
 
@@ -85,6 +87,24 @@ pub(super) fn model(parts: Parts) -> Result<Model> {
         },
         formats,
         heads,
+        decode: decode(parts.layers),
+    })
+}
+
+/// What a kernel of all layers is to be made for; `None` if they differ in what they are made of.
+fn decode(layers: &[LayerSpec]) -> Option<Decode> {
+    let shapes = |layer: &LayerSpec| {
+        let linears = layer.linears();
+        linears.map(|spec| (format_of(spec), spec.outputs, spec.inputs))
+    };
+    let first = shapes(layers.first()?);
+    let &(format, ..) = first.first()?;
+    let is_one = first.iter().all(|&(other, ..)| other == format)
+        && layers.iter().all(|layer| shapes(layer) == first);
+    is_one.then_some(Decode {
+        format,
+        layers: layers.len(),
+        widest: first.iter().map(|&(.., inputs)| inputs).max()?,
     })
 }
 
@@ -212,13 +232,14 @@ impl Loader<'_, '_> {
             true => Ok(None),
             false => Buffer::of(self.gpu, bytes).map(Some),
         };
+        let (format, inputs) = (format_of(spec), spec.inputs);
+        let groups = inputs / format.group_size;
         Ok(Weight {
-            format: format_of(spec),
+            format,
             outputs,
-            inputs: spec.inputs,
-            codes: Buffer::of(self.gpu, &rows.codes)?,
-            scales: buffer(&rows.scales)?,
-            biases: buffer(&rows.biases)?,
+            inputs,
+            codes: Buffer::of(self.gpu, &arrange_codes(format, inputs, &rows.codes))?,
+            scales: buffer(&arrange_scales(groups, &rows.scales, &rows.biases))?,
             bias: buffer(&rows.bias)?,
         })
     }

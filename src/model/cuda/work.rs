@@ -1,7 +1,7 @@
 //! The memory that steps are computed in, grown as steps grow, and what goes to the GPU and comes back.
 
 use anyhow::{Result, ensure};
-use mlx_pipe_cuda::{Best, Buffer, Gpu, Numbers, Pinned};
+use mlx_pipe_cuda::{Best, Buffer, Gpu, Numbers, PROGRESS_BYTES, Pinned};
 use std::ops::Range;
 use std::sync::Arc;
 
@@ -36,6 +36,8 @@ pub(super) struct Work {
     pub(super) partial: Buffer,
     /// Zeros between steps.
     pub(super) arrived: Buffer,
+    /// Zeros between steps.
+    pub(super) progress: Buffer,
     pub(super) logits: Buffer,
     pub(super) best_work: Buffer,
     pub(super) best: Buffer,
@@ -62,6 +64,7 @@ impl Work {
             mlp: none()?,
             partial: none()?,
             arrived: none()?,
+            progress: Buffer::zeroed(gpu, PROGRESS_BYTES)?,
             logits: none()?,
             best_work: none()?,
             best: none()?,

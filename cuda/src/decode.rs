@@ -1,0 +1,178 @@
+//! A step of one token through all layers as one kernel.
+
+use crate::device::Buffer;
+use crate::kernels::Kernels;
+use crate::launch::{Words, address};
+use crate::operands::{
+    AttendWork, ELEMENT_BYTES, PART_PAGES, Pools, Rotation, TILE, Tiles, Weight, arrived_bytes,
+    partial_bytes,
+};
+use crate::program::{Heads, PAGE_TOKENS};
+use anyhow::{Context, Result, ensure};
+
+/// Bytes of the counters by which thread blocks wait for one another.
+pub const PROGRESS_BYTES: usize = 3 * 4;
+
+/// One layer's operands.
+#[derive(Debug, Clone, Copy)]
+pub struct LayerOperands<'a> {
+    /// Queries, keys and values; output; gate and the other factor in turns of eight rows; down.
+    pub weights: [&'a Weight; 4],
+    /// Of what enters, and of what attention leaves: `[hidden]`.
+    pub norms: [&'a Buffer; 2],
+    /// As in [`Rotation::norms`].
+    pub qk_norms: Option<(&'a Buffer, &'a Buffer)>,
+    /// Keys and values.
+    pub pools: &'a Pools,
+}
+
+/// Where a step of one token is computed.
+#[derive(Debug, Clone, Copy)]
+pub struct DecodeWork<'a> {
+    /// `[hidden]`, what enters and leaves.
+    pub x: &'a Buffer,
+    /// `[(queries + 2 kv) * head_dim]`
+    pub qkv: &'a Buffer,
+    /// `[queries * head_dim]`
+    pub attended: &'a Buffer,
+    /// As wide as the MLP.
+    pub mlp: &'a Buffer,
+    /// Of attention; `partial` as [`decode_partial_bytes`] says.
+    pub attend: AttendWork<'a>,
+    /// [`PROGRESS_BYTES`], all zero before; and after.
+    pub progress: &'a Buffer,
+}
+
+impl Kernels {
+    /// Whether there is a kernel for all layers.
+    pub fn can_decode(&self) -> bool {
+        self.decode.is_some()
+    }
+
+    /// Computes `layers` for one token: the bits of [`Self::linear`], [`Self::rotate`] and [`Self::attend`]. `tiles` has
+    /// one of few, `rotation` what layers share.
+    ///
+    /// # Errors
+    /// There is no such kernel, layers are not of what it is made for, buffers are too small, or the driver fails. That
+    /// places, tiles and tables are right is the caller's to see to.
+    pub fn decode(
+        &self,
+        layers: &[LayerOperands],
+        rotation: Rotation,
+        tiles: Tiles,
+        work: DecodeWork,
+    ) -> Result<()> {
+        let (kernel, made_for) = self.decode.as_ref().context("no kernel for all layers")?;
+        let heads = self.heads;
+        let first = layers.first().context("a step without layers")?;
+        let sizes = first.weights.map(|weight| (weight.outputs, weight.inputs));
+        let [(qkv, hidden), (o, queries), (gate_up, _), (_, mlp)] = sizes;
+        ensure!(
+            layers.len() <= made_for.layers
+                && sizes.iter().all(|&(_, inputs)| inputs <= made_for.widest)
+                && qkv == heads.qkv_width()
+                && queries == heads.queries * heads.dim
+                && o == hidden
+                && sizes[2] == (2 * mlp, hidden)
+                && sizes[3] == (hidden, mlp)
+                && gate_up == 2 * mlp,
+            "the kernel for all layers is not made for {sizes:?}"
+        );
+        let pool = heads.kv * heads.dim * PAGE_TOKENS * ELEMENT_BYTES;
+        for layer in layers {
+            for (weight, size) in layer.weights.iter().zip(sizes) {
+                weight.check()?;
+                ensure!(
+                    weight.format == made_for.format && (weight.outputs, weight.inputs) == size,
+                    "layers differ in what their weights are"
+                );
+            }
+            ensure!(
+                layer.weights[2].bias.is_none() && layer.qk_norms.is_some() == heads.has_norm,
+                "norms of queries and keys, or a gated layer with a bias"
+            );
+            let (q, k) = layer.qk_norms.unzip();
+            let of_heads = q.into_iter().chain(k).map(|norm| (norm, heads.dim));
+            for (norm, width) in layer
+                .norms
+                .map(|norm| (norm, hidden))
+                .into_iter()
+                .chain(of_heads)
+            {
+                ensure!(
+                    norm.bytes() >= width * ELEMENT_BYTES,
+                    "a norm that is too short"
+                );
+            }
+            ensure!(
+                layer.pools.keys.bytes() >= pool && layer.pools.values.bytes() >= pool,
+                "a pool without pages"
+            );
+        }
+        for (buffer, width) in [
+            (work.x, hidden),
+            (work.qkv, qkv),
+            (work.attended, queries),
+            (work.mlp, mlp),
+        ] {
+            ensure!(
+                buffer.bytes() >= width * ELEMENT_BYTES,
+                "a buffer is too short"
+            );
+        }
+        ensure!(
+            work.progress.bytes() >= PROGRESS_BYTES
+                && work.attend.arrived.bytes() >= arrived_bytes(heads, 1)
+                && work.attend.partial.bytes() >= decode_partial_bytes(heads, tiles.parts)
+                && rotation.frequencies.bytes() >= heads.dim / 2 * 4,
+            "a buffer is too short"
+        );
+        let pair = |low: usize, high: usize| (low as u32 as u64) | ((high as u32 as u64) << 32);
+        let mut words = vec![
+            work.x.address(),
+            work.qkv.address(),
+            work.attended.address(),
+            work.mlp.address(),
+            work.attend.partial.address(),
+            work.attend.arrived.address(),
+            work.progress.address(),
+            rotation.frequencies.address(),
+            rotation.places.address(2)?,
+            tiles.few.address(TILE)?,
+            tiles.table.address(tiles.table.count)?,
+            pair(sizes[0].1, sizes[1].1),
+            pair(sizes[2].1, sizes[3].1),
+            pair(sizes[0].0, sizes[1].0),
+            pair(sizes[2].0, sizes[3].0),
+            pair(rotation.eps.to_bits() as usize, layers.len()),
+        ];
+        for layer in layers {
+            for weight in layer.weights {
+                words.extend([
+                    weight.codes.address(),
+                    address(weight.scales.as_ref()),
+                    address(weight.bias.as_ref()),
+                ]);
+            }
+            let (q, k) = layer.qk_norms.unzip();
+            words.extend(layer.norms.map(Buffer::address));
+            words.extend([address(q), address(k)]);
+            words.extend([layer.pools.keys.address(), layer.pools.values.address()]);
+        }
+        // The kernel's parameter has room for all layers, also where fewer are computed.
+        words.resize(HEADER_WORDS + made_for.layers * LAYER_WORDS, 0);
+        let grid = [self.gpu.multiprocessors(), 1, 1];
+        // SAFETY: the words are `Decode` of the kernels; sizes were checked above. There is a thread block for each
+        // multiprocessor, which has room for it once the work before has ended, so that all are there to be waited for.
+        unsafe { kernel.launch(&self.gpu, grid, &[&Words(words)]) }
+    }
+}
+
+/// Words of `Decode` of the kernels before its layers, and of a layer.
+const HEADER_WORDS: usize = 16;
+const LAYER_WORDS: usize = 18;
+
+/// Bytes of partial results of a step of one token that sees so many [`crate::parts`].
+pub fn decode_partial_bytes(heads: Heads, parts: usize) -> usize {
+    partial_bytes(heads, 1, parts * PART_PAGES)
+}
