@@ -93,10 +93,8 @@ impl Kernels {
             Ok::<_, anyhow::Error>((*format, kernels))
         };
         let decode = |of: Decode| {
-            let shared = of.shared_bytes(model.heads, gpu.shared_bytes());
-            let has_blocks = gpu.multiprocessors() >= model.heads.kv;
-            shared.filter(|_| has_blocks).map(|shared| {
-                let kernel = kernel("decode", 256)?.with_shared(shared)?;
+            of.shared_bytes(model.heads, gpu).map(|shared| {
+                let kernel = kernel("decode", 512)?.with_shared(shared)?;
                 Ok::<_, anyhow::Error>((kernel, of))
             })
         };
@@ -105,7 +103,7 @@ impl Kernels {
             heads: model.heads,
             decode: model.decode.and_then(decode).transpose()?,
             linear: model.formats.iter().map(linear).collect::<Result<_>>()?,
-            rms_norm: kernel("rms_norm", 256)?,
+            rms_norm: kernel("rms_norm", 512)?,
             rotate: kernel("rotate", 256)?,
             attend_few: match model.heads.attend_bytes(true) {
                 bytes if bytes <= gpu.shared_bytes() => {

@@ -148,6 +148,27 @@ pub struct Decode {
     pub widest: usize,
 }
 
+/// What decides which kernels a GPU has.
+#[derive(Debug, Clone, Copy)]
+struct Target {
+    capability: (i32, i32),
+    /// Of a thread block.
+    shared_bytes: usize,
+    multiprocessors: usize,
+}
+
+impl Target {
+    fn of(gpu: &Gpu) -> Self {
+        Self {
+            capability: gpu.capability(),
+            shared_bytes: gpu.shared_bytes(),
+            multiprocessors: gpu.multiprocessors(),
+        }
+    }
+}
+
+/// Lowest compute capability of the kernel of all layers: copies by the GPU's own engine.
+const LEAST_DECODE_CAPABILITY: (i32, i32) = (9, 0);
 /// Most layers whose addresses a kernel's arguments have room for.
 const MOST_LAYERS: usize = 200;
 /// Chunks of weights that each warp is to have asked for, at least and at most.
@@ -161,20 +182,32 @@ impl Decode {
         blocks * (16 * self.format.block() * self.format.bits / 8 + scales)
     }
 
-    /// Chunks that each of eight warps has room for beside a row of activations, of so much shared memory; `None` if
+    /// Bytes of a row of activations, a block more, and the sums of its blocks.
+    fn row_bytes(self) -> usize {
+        let block = self.format.block();
+        (self.widest + block) * 2 + (self.widest / block + 2) * 4
+    }
+
+    /// Chunks that each of sixteen warps has room for beside a row of activations, of so much shared memory; `None` if
     /// they are too few.
-    fn stages(self, heads: Heads, shared: usize) -> Option<usize> {
-        // Sums, products of a page, queries, and a few numbers.
-        let declared = 16 * 8 * 16 * 4 + 8 * 32 * 16 + heads.group() * heads.dim * 2 + 256;
-        let left = shared.checked_sub(declared + self.widest * 2)?;
-        let stages = (left / (8 * self.chunk_bytes())).min(*STAGES.end());
+    fn stages(self, heads: Heads, target: Target) -> Option<usize> {
+        if target.capability < LEAST_DECODE_CAPABILITY || target.multiprocessors < heads.kv {
+            return None;
+        }
+        // Sums, products of a page, parts that are merged, queries, a key and a value, barriers, and a few numbers.
+        let of_heads = (heads.group() + 2) * heads.dim * 2;
+        let declared = 12 * 16 * 16 * 4 + 8 * 32 * 16 + 512 * 16 + of_heads + 16 * 16 * 8 + 256;
+        let left = target
+            .shared_bytes
+            .checked_sub(declared + self.row_bytes())?;
+        let stages = (left / (16 * self.chunk_bytes())).min(*STAGES.end());
         (stages >= *STAGES.start() && self.layers <= MOST_LAYERS).then_some(stages)
     }
 
     /// Shared memory of a thread block beside what its kernel declares; `None` if there is no kernel.
-    pub(crate) fn shared_bytes(self, heads: Heads, shared: usize) -> Option<usize> {
-        let stages = self.stages(heads, shared)?;
-        Some(stages * 8 * self.chunk_bytes() + self.widest * 2)
+    pub(crate) fn shared_bytes(self, heads: Heads, gpu: &Gpu) -> Option<usize> {
+        let stages = self.stages(heads, Target::of(gpu))?;
+        Some(stages * 16 * self.chunk_bytes() + self.row_bytes())
     }
 }
 
@@ -182,8 +215,8 @@ impl Decode {
 pub(crate) const FEW: [usize; 3] = [1, 2, 4];
 
 impl Model {
-    /// For a GPU with so much shared memory for a thread block.
-    fn source(&self, shared: usize) -> Result<String> {
+    /// For a GPU of this kind.
+    fn source(&self, target: Target) -> Result<String> {
         let Heads {
             queries,
             kv,
@@ -211,7 +244,7 @@ impl Model {
                     let name = format!("linear_few_{bits}_{of_group}_{nt}{suffix}");
                     let body =
                         format!("linear_few<{element}, {out}, {bits}, {of_group}, {nt}>(of);");
-                    kernel(&mut text, "256", &name, &parameters, &body)?;
+                    kernel(&mut text, "256, 2", &name, &parameters, &body)?;
                 }
                 let name = format!("linear_wide_{bits}_{of_group}{suffix}");
                 let body = format!("linear_wide<{element}, {out}, {bits}, {of_group}>(of);");
@@ -229,7 +262,7 @@ impl Model {
         }
         kernel(
             &mut text,
-            "256",
+            "512",
             "rms_norm",
             &format!(
                 "const {element}* x, const {element}* weight, const int* rows, {element}* out, int width, float eps"
@@ -274,13 +307,13 @@ impl Model {
             ),
         )?;
         if let Some(decode) = self.decode
-            && let Some(stages) = decode.stages(self.heads, shared)
+            && let Some(stages) = decode.stages(self.heads, target)
         {
             let (bits, of_group) = decode.format.names();
             let layers = decode.layers;
             kernel(
                 &mut text,
-                "256, 1",
+                "512, 1",
                 "decode",
                 &format!("const __grid_constant__ Decode<{element}, {layers}> of"),
                 &format!(
@@ -303,7 +336,7 @@ impl Program {
     /// There is no compiler, or the driver does not take what it made.
     pub(crate) fn load(gpu: &Gpu, model: &Model, cache: Option<&Path>) -> Result<Self> {
         let began = Instant::now();
-        let source = model.source(gpu.shared_bytes())?;
+        let source = model.source(Target::of(gpu))?;
         let options = options(gpu.capability());
         let name = blake3::hash(format!("{options:?}{source}").as_bytes()).to_hex();
         let kept = cache.map(|cache| cache.join(format!("{name}.cubin")));
@@ -440,51 +473,57 @@ mod tests {
             dim,
             has_norm,
         };
-        let q8 = |group_size| Format {
-            bits: 8,
-            group_size,
-        };
-        let q4 = |group_size| Format {
-            bits: 4,
-            group_size,
-        };
-        for (element, heads, capability, shared, format) in [
+        let format = |bits, group_size| Format { bits, group_size };
+        for (element, heads, capability, shared_kib, format) in [
             (
                 Element::Bf16,
                 heads(16, 8, 128, true),
                 (9, 0),
-                226 << 10,
-                q8(64),
+                226,
+                format(8, 64),
+            ),
+            (
+                Element::Bf16,
+                heads(32, 8, 128, true),
+                (9, 0),
+                226,
+                Format::PLAIN,
             ),
             (
                 Element::Bf16,
                 heads(32, 8, 128, true),
                 (8, 0),
-                162 << 10,
-                q4(32),
+                162,
+                format(4, 32),
             ),
             (
                 Element::F16,
                 heads(9, 3, 64, false),
                 (8, 9),
-                98 << 10,
+                98,
                 Format::PLAIN,
             ),
             (
                 Element::F16,
                 heads(14, 2, 64, false),
                 (12, 0),
-                98 << 10,
-                q4(128),
+                98,
+                format(4, 128),
             ),
         ] {
             assert!(heads.is_supported());
+            let target = Target {
+                capability,
+                shared_bytes: shared_kib << 10,
+                multiprocessors: 80,
+            };
             let decode = Decode {
                 format,
                 layers: 28,
-                widest: 6144,
+                widest: 4096,
             };
-            assert!(decode.stages(heads, shared).is_some());
+            let has_decode = decode.stages(heads, target).is_some();
+            assert_eq!(has_decode, capability >= LEAST_DECODE_CAPABILITY);
             let model = Model {
                 element,
                 formats: all.clone(),
@@ -492,7 +531,7 @@ mod tests {
                 decode: Some(decode),
             };
             let began = Instant::now();
-            let source = model.source(shared).unwrap();
+            let source = model.source(target).unwrap();
             let binary = compile(&source, &options(capability)).unwrap();
             println!(
                 "{heads:?} for {capability:?}: {} bytes, {:.1?}",

@@ -83,6 +83,15 @@ DEVICE unsigned pack<F16>(float low, float high) {
   return both;
 }
 
+template <typename T>
+DEVICE void unpack(unsigned both, float& low, float& high) {
+  T of;
+  of.bits = both & 0xFFFF;
+  low = float(of);
+  of.bits = both >> 16;
+  high = float(of);
+}
+
 // d += a b
 template <typename T>
 DEVICE void multiply(float (&d)[4], const unsigned (&a)[4], unsigned b0, unsigned b1);

@@ -9,7 +9,7 @@
 // Weights are laid out as a warp reads them (`layout.rs`): sixteen rows of a block stand together, in vectors of which
 // each lane has its own.
 
-constexpr int RANGES = 8;
+constexpr int RANGES = 16;
 
 // What is done with sums before they are written: bits of `mode`.
 constexpr int ADD_BIAS = 1;
@@ -162,12 +162,17 @@ struct Tile {
     }
   }
 
-  // A block's products of eight columns, added to their range's sums. total: sums of x alone, unless the weight is plain.
+  // A block's product, added to its range's sum. total: the sum of x alone.
+  DEVICE static float add(float sum, float product, T scale, T bias, float total) {
+    return __fmaf_rn(float(bias), total, __fmaf_rn(float(scale), product, sum));
+  }
+
+  // The same of eight columns. total: unless the weight is plain.
   DEVICE static void add(float (&sum)[4], const float (&product)[4], const Scales& of, const float (&total)[4]) {
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       if constexpr (IS_QUANTIZED) {
-        sum[i] = __fmaf_rn(float(of.bias[i / 2]), total[i], __fmaf_rn(float(of.scale[i / 2]), product[i], sum[i]));
+        sum[i] = add(sum[i], product[i], of.scale[i / 2], of.bias[i / 2], total[i]);
       } else {
         sum[i] = __fadd_rn(sum[i], product[i]);
       }
@@ -200,8 +205,8 @@ DEVICE void finish(const Linear<T, Out>& of, float low, float high, int column, 
   }
 }
 
-// 8 NT rows of x in a thread block of eight warps, sixteen outputs: each warp makes one range's sums, which are then
-// added up.
+// 8 NT rows of x in a thread block of eight warps, sixteen outputs: each warp makes the sums of two ranges, which are
+// then added up.
 template <typename T, typename Out, int BITS, int GROUP, int NT>
 DEVICE void linear_few(const Linear<T, Out>& of) {
   using W = Tile<T, BITS, GROUP>;
@@ -215,8 +220,9 @@ DEVICE void linear_few(const Linear<T, Out>& of) {
   const unsigned char* codes = of.codes + size_t(blockIdx.x) * blocks * W::BYTES;
   const T* scales = of.scales + size_t(blockIdx.x) * (of.k / GROUP) * 32;
   int range = (blocks + RANGES - 1) / RANGES;
-  int begin = warp * range;
-  int end = min(blocks, begin + range);
+  int begin = min(blocks, warp * 2 * range);
+  int middle = min(blocks, begin + range);
+  int end = min(blocks, middle + range);
   struct Raw {
     unsigned word[2 * W::WORDS];
     typename W::Scales scales;
@@ -242,12 +248,25 @@ DEVICE void linear_few(const Linear<T, Out>& of) {
     column[nt] = of.x + size_t(at) * of.k + (lane % 4) * (W::BLOCK / 4);
   }
   float sum[NT][4] = {};
+  auto keep_sums = [&](int of_range) {
+#pragma unroll
+    for (int nt = 0; nt < NT; ++nt) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        shared[((of_range * NT + nt) * 4 + i) * 32 + lane] = sum[nt][i];
+        sum[nt][i] = 0;
+      }
+    }
+  };
   wait_for_previous();
   for (int first = begin; first < end; first += AHEAD) {
 #pragma unroll
     for (int ahead = 0; ahead < AHEAD; ++ahead) {
       int block = first + ahead;
       if (block < end) {
+        if (block == middle) {
+          keep_sums(2 * warp);
+        }
         Raw now = raw[ahead];
         if (block + AHEAD < end) {
           load(raw[ahead], block + AHEAD);
@@ -272,13 +291,10 @@ DEVICE void linear_few(const Linear<T, Out>& of) {
       }
     }
   }
-#pragma unroll
-  for (int nt = 0; nt < NT; ++nt) {
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      shared[((warp * NT + nt) * 4 + i) * 32 + lane] = sum[nt][i];
-    }
+  if (middle == end) {
+    keep_sums(2 * warp);
   }
+  keep_sums(2 * warp + 1);
   __syncthreads();
   for (int item = threadIdx.x; item < NT * 64; item += blockDim.x) {
     int of_lane = item % 32;

@@ -9,13 +9,27 @@ DEVICE float sum_of_warp(float value) {
   return value;
 }
 
-// to = from / rms * weight, by a thread block of 256. of_warp: eight numbers of shared memory.
+constexpr int NORM_THREADS = 512;
+
+// to = from / rms * weight, by a thread block of NORM_THREADS, eight elements to a thread at a time. first: of the weight
+// what is the thread's first, if it has any. of_warp: a number of shared memory for each warp.
 template <typename T>
-DEVICE void norm_row(const T* from, const T* weight, T* to, int width, float eps, float* of_warp) {
+DEVICE void norm_row(const T* from, const T* weight, uint4 first, T* to, int width, float eps, float* of_warp) {
+  const uint4* vectors = reinterpret_cast<const uint4*>(from);
+  const uint4* weights = reinterpret_cast<const uint4*>(weight);
+  int count = width / 8;
+  uint4 mine = {};
   float squares = 0;
-  for (int at = threadIdx.x; at < width; at += 256) {
-    float value = float(from[at]);
-    squares = __fmaf_rn(value, value, squares);
+  for (int at = threadIdx.x; at < count; at += NORM_THREADS) {
+    uint4 vector = vectors[at];
+    mine = at == threadIdx.x ? vector : mine;
+    unsigned pairs[4] = {vector.x, vector.y, vector.z, vector.w};
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      float low, high;
+      unpack<T>(pairs[i], low, high);
+      squares = __fmaf_rn(high, high, __fmaf_rn(low, low, squares));
+    }
   }
   squares = sum_of_warp(squares);
   if (threadIdx.x % 32 == 0) {
@@ -24,23 +38,41 @@ DEVICE void norm_row(const T* from, const T* weight, T* to, int width, float eps
   __syncthreads();
   squares = 0;
 #pragma unroll
-  for (int warp = 0; warp < 8; ++warp) {
+  for (int warp = 0; warp < NORM_THREADS / 32; ++warp) {
     squares += of_warp[warp];
   }
   float scale = rsqrtf(squares / width + eps);
-  for (int at = threadIdx.x; at < width; at += 256) {
-    to[at] = T(float(from[at]) * scale * float(weight[at]));
+  for (int at = threadIdx.x; at < count; at += NORM_THREADS) {
+    uint4 x = at == threadIdx.x ? mine : vectors[at];
+    uint4 w = at == threadIdx.x ? first : weights[at];
+    unsigned pairs[4] = {x.x, x.y, x.z, x.w};
+    unsigned factors[4] = {w.x, w.y, w.z, w.w};
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      float low, high, of_low, of_high;
+      unpack<T>(pairs[i], low, high);
+      unpack<T>(factors[i], of_low, of_high);
+      pairs[i] = pack<T>(low * scale * of_low, high * scale * of_high);
+    }
+    reinterpret_cast<uint4*>(to)[at] = make_uint4(pairs[0], pairs[1], pairs[2], pairs[3]);
   }
 }
 
-// out[i] = x[rows[i]] / rms * weight (x[i] without `rows`), a thread block of 256 a row.
+// A thread's first of a norm's weight.
+template <typename T>
+DEVICE uint4 first_of_norm(const T* weight, int width) {
+  return threadIdx.x < width / 8 ? reinterpret_cast<const uint4*>(weight)[threadIdx.x] : uint4();
+}
+
+// out[i] = x[rows[i]] / rms * weight (x[i] without `rows`), a thread block of NORM_THREADS a row.
 template <typename T>
 DEVICE void rms_norm(const T* x, const T* weight, const int* rows, T* out, int width, float eps) {
-  __shared__ float of_warp[8];
+  __shared__ float of_warp[NORM_THREADS / 32];
   let_next_begin();
+  uint4 first = first_of_norm(weight, width);
   wait_for_previous();
   int row = rows ? rows[blockIdx.x] : blockIdx.x;
-  norm_row(x + size_t(row) * width, weight, out + size_t(blockIdx.x) * width, width, eps, of_warp);
+  norm_row(x + size_t(row) * width, weight, first, out + size_t(blockIdx.x) * width, width, eps, of_warp);
 }
 
 // One head of a token in a warp's registers: pairs lane, lane + 32 of its halves.
@@ -77,14 +109,25 @@ struct Head {
     }
   }
 
-  DEVICE void rotate(const float* frequencies, float position) {
-    int lane = threadIdx.x % 32;
+  // By how much a position turns the lane's pairs.
+  struct Turn {
+    float sine[EACH];
+    float cosine[EACH];
+
+    DEVICE Turn(const float* frequencies, float position) {
+#pragma unroll
+      for (int i = 0; i < EACH; ++i) {
+        int pair = min(int(threadIdx.x % 32) + 32 * i, PAIRS - 1);
+        sincosf(position * frequencies[pair], &sine[i], &cosine[i]);
+      }
+    }
+  };
+
+  DEVICE void rotate(const Turn& by) {
 #pragma unroll
     for (int i = 0; i < EACH; ++i) {
-      float sine, cosine;
-      sincosf(position * frequencies[min(lane + 32 * i, PAIRS - 1)], &sine, &cosine);
-      float turned = low[i] * cosine - high[i] * sine;
-      high[i] = high[i] * cosine + low[i] * sine;
+      float turned = low[i] * by.cosine[i] - high[i] * by.sine[i];
+      high[i] = high[i] * by.cosine[i] + low[i] * by.sine[i];
       low[i] = turned;
     }
   }
@@ -137,7 +180,7 @@ DEVICE void rotate(const T* qkv, const T* q_norm, const T* k_norm, const float* 
     if constexpr (HAS_NORM) {
       of.norm(head < QUERY_HEADS ? q_norm : k_norm, eps);
     }
-    of.rotate(frequencies, float(places[2 * row]));
+    of.rotate(typename Head<T, HEAD_DIM>::Turn(frequencies, float(places[2 * row])));
   }
   int target = places[2 * row + 1];
   if (head < QUERY_HEADS) {
