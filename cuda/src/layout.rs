@@ -3,6 +3,9 @@
 //! Sixteen rows of a block (64 columns, or a group of 32) stand together. Lane `l` of a warp has of rows `l / 4` and
 //! `l / 4 + 8` the quarter `l % 4` of the block's columns; what it has is cut into vectors of up to sixteen bytes, and
 //! the first vectors of all lanes come first. So a warp reads memory without gaps, whatever the width of the weight.
+//!
+//! In each word codes stand in pairs, one in either half at the same place, so that one operation takes both. Codes of
+//! 8 bits are kept less 128, in two's complement.
 
 use crate::program::Format;
 use rayon::prelude::*;
@@ -34,12 +37,30 @@ pub fn arrange_codes(format: Format, inputs: usize, codes: &[u8]) -> Vec<u8> {
                     let lane = row * QUARTERS + part * piece / quarter;
                     let of_lane = half * quarter + part * piece % quarter;
                     let at = (of_lane / vector * 32 + lane) * vector + of_lane % vector;
-                    to[at..at + piece].copy_from_slice(from);
+                    let words = to[at..at + piece].as_chunks_mut::<4>().0.iter_mut();
+                    for (to, &from) in words.zip(from.as_chunks::<4>().0) {
+                        *to = in_pairs(format.bits, u32::from_le_bytes(from)).to_le_bytes();
+                    }
                 }
             }
         }
     });
     arranged
+}
+
+/// A word of codes that follow one another, so that the first two are the first of its halves, and so on.
+fn in_pairs(bits: usize, word: u32) -> u32 {
+    match bits {
+        4 => (0..4).fold(0, |all, pair| {
+            let of_pair = word >> (8 * pair);
+            all | (of_pair & 15) << (4 * pair) | (of_pair >> 4 & 15) << (16 + 4 * pair)
+        }),
+        8 => {
+            let [a, b, c, d] = word.to_le_bytes();
+            u32::from_le_bytes([a, c, b, d]) ^ 0x8080_8080
+        }
+        _ => word,
+    }
 }
 
 /// `scales`, `biases`: `[outputs, groups]` of elements of two bytes, row by row -> `[outputs / 16, groups, 8]` of the
@@ -74,10 +95,10 @@ mod tests {
         let words = block / 16 * 4 * bits / 32;
         let vector = 4.min(2 * words);
         let lane = row % 8 * 4 + column % block / (block / 4);
-        let bit = column % (block / 4) * bits;
-        let word = row % 16 / 8 * words + bit / 32;
+        let word = row % 16 / 8 * words + column % (block / 4) * bits / 32;
+        let bit = column % 2 * 16 + column % (32 / bits) / 2 * bits;
         let first = (row / 16 * (inputs / block) + column / block) * (2 * words * 32);
-        (first + (word / vector * 32 + lane) * vector + word % vector) * 32 + bit % 32
+        (first + (word / vector * 32 + lane) * vector + word % vector) * 32 + bit
     }
 
     #[test]
@@ -104,8 +125,9 @@ mod tests {
             };
             for row in 0..outputs {
                 for column in 0..inputs {
+                    let less = if bits == 8 { 0x80 } else { 0 };
                     assert_eq!(
-                        code(&arranged, place(format, inputs, row, column)),
+                        code(&arranged, place(format, inputs, row, column)) ^ less,
                         code(&codes, (row * inputs + column) * bits),
                         "{format:?}, row {row}, column {column}"
                     );

@@ -49,6 +49,8 @@ struct Decode {
   int n[MATRICES];
   float eps;
   int layer_count;
+  int ahead_bytes; // that a thread block may ask the second-level cache for
+  int unused;
   Layer<T> layer[LAYERS];
 };
 
@@ -221,6 +223,52 @@ struct Chunks {
     return chunk;
   }
 };
+
+// Asks for memory to be in the second-level cache.
+DEVICE void bring_near(const void* from, unsigned bytes) {
+  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(from), "r"(bytes) : "memory");
+}
+
+// The same for a matrix's tiles that are this thread block's, by one warp.
+template <typename C, typename T, int LAYERS>
+DEVICE void bring_matrix_near(const Decode<T, LAYERS>& of, const Layer<T>& layer, int matrix) {
+  using W = typename C::W;
+  int blocks = of.k[matrix] / W::BLOCK;
+  unsigned code_bytes = blocks * W::BYTES;
+  unsigned scale_bytes = C::group_of(blocks) * W::SCALE_BYTES;
+  int index = threadIdx.x % 32;
+  int tile = blockIdx.x + index * gridDim.x;
+  if (tile < of.n[matrix] / 16 && (index + 1) * (code_bytes + scale_bytes) <= of.ahead_bytes) {
+    bring_near(layer.matrix[matrix].codes + size_t(tile) * code_bytes, code_bytes);
+    if constexpr (W::IS_QUANTIZED) {
+      bring_near(reinterpret_cast<const unsigned char*>(layer.matrix[matrix].scales) + size_t(tile) * scale_bytes,
+                 scale_bytes);
+    }
+  }
+}
+
+// The same for what attention reads of earlier steps, and for the norms.
+template <typename T, int LAYERS, int KV_HEADS, int HEAD_DIM>
+DEVICE void bring_others_near(const Decode<T, LAYERS>& of, const Layer<T>& layer, int page_count, const int* pages) {
+  constexpr unsigned PAGE_BYTES = PAGE * HEAD_DIM * sizeof(T);
+  int each = gridDim.x / KV_HEADS;
+  int index = threadIdx.x % 32;
+  int page = blockIdx.x / KV_HEADS + index * each;
+  if (blockIdx.x < each * KV_HEADS && page < page_count) {
+    size_t at = (size_t(pages[page]) * KV_HEADS + blockIdx.x % KV_HEADS) * PAGE * HEAD_DIM;
+    bring_near(layer.keys + at, PAGE_BYTES);
+    bring_near(layer.values + at, PAGE_BYTES);
+  }
+  if (blockIdx.x == gridDim.x - 1 && index == 0) {
+    unsigned bytes = of.k[QKV] * sizeof(T);
+    bring_near(layer.input_norm, bytes);
+    bring_near(layer.post_attention_norm, bytes);
+    if (layer.q_norm) {
+      bring_near(layer.q_norm, HEAD_DIM * sizeof(T));
+      bring_near(layer.k_norm, HEAD_DIM * sizeof(T));
+    }
+  }
+}
 
 // Products of one matrix and a row of x in shared memory: of the tiles that are this thread block's.
 // totals: room for the sum of each block of x.
@@ -563,6 +611,19 @@ DEVICE void decode(const Decode<T, LAYERS>& of) {
       const T* norm = matrix == QKV ? layer.input_norm : layer.post_attention_norm;
       uint4 first = is_normed ? first_of_norm(norm, k) : uint4();
       auto wait = [&] { wait_until(of.progress + FINISHED, finished * gridDim.x); };
+      // While little is read, what comes next is brought near: what is further ahead than the ring.
+      if (threadIdx.x / 32 == WARPS - 1) {
+        if (matrix == O) {
+          bring_matrix_near<C>(of, layer, GATE_UP);
+        } else if (matrix == GATE_UP) {
+          bring_matrix_near<C>(of, layer, DOWN);
+          if (index + 1 < of.layer_count) {
+            const Layer<T>& next = of.layer[index + 1];
+            bring_others_near<T, LAYERS, KV_HEADS, HEAD_DIM>(of, next, position / PAGE + 1, pages);
+            bring_matrix_near<C>(of, next, QKV);
+          }
+        }
+      }
       if (matrix == O) {
         attend_row<T, LAYERS, QUERY_HEADS, KV_HEADS, HEAD_DIM, HAS_NORM>(of, layer, attend_shared, turn, position, target,
                                                                          pages, wait);

@@ -62,6 +62,51 @@ DEVICE void stream_words(unsigned (&word)[WORDS], const void* from) {
   }
 }
 
+// What a code becomes is a number of T, exactly, plus OFFSET of it; biases make up for that.
+template <typename T, int BITS>
+constexpr float OFFSET = 0;
+template <>
+constexpr float OFFSET<Bf16, 4> = 128;
+template <>
+constexpr float OFFSET<Bf16, 8> = -128;
+template <>
+constexpr float OFFSET<F16, 4> = 1024;
+template <>
+constexpr float OFFSET<F16, 8> = 1024;
+
+// The codes of a word that stand at `at` bits from the start of both its halves, as two numbers of T.
+template <typename T, int BITS>
+struct Codes;
+
+template <>
+struct Codes<Bf16, 4> {
+  DEVICE static unsigned pair(unsigned word, int at) { return ((word >> at) & 0x000F000F) | 0x43004300; }
+};
+
+// Bytes are code - 128 in two's complement: the seven low bits on top of 128, less 128 or 256.
+template <>
+struct Codes<Bf16, 8> {
+  DEVICE static unsigned pair(unsigned word, int at) {
+    unsigned low = ((word >> at) & 0x007F007F) | 0x43004300;
+    unsigned high = ((word >> at) & 0x00800080) | 0x43004300;
+    unsigned difference;
+    asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(difference) : "r"(high), "r"(0xBF80BF80), "r"(low)); // - high + low
+    return difference;
+  }
+};
+
+template <>
+struct Codes<F16, 4> {
+  DEVICE static unsigned pair(unsigned word, int at) { return ((word >> at) & 0x000F000F) | 0x64006400; }
+};
+
+template <>
+struct Codes<F16, 8> {
+  DEVICE static unsigned pair(unsigned word, int at) {
+    return (((word >> at) ^ 0x00800080) & 0x00FF00FF) | 0x64006400;
+  }
+};
+
 // A lane's codes of one row of a block become its places of A.
 template <typename T, int BITS, int STEPS>
 DEVICE void to_places(const unsigned* word, unsigned (&low)[STEPS], unsigned (&high)[STEPS]) {
@@ -70,21 +115,12 @@ DEVICE void to_places(const unsigned* word, unsigned (&low)[STEPS], unsigned (&h
     if constexpr (BITS == 16) {
       low[step] = word[2 * step];
       high[step] = word[2 * step + 1];
+    } else if constexpr (BITS == 8) {
+      low[step] = Codes<T, 8>::pair(word[step], 0);
+      high[step] = Codes<T, 8>::pair(word[step], 8);
     } else {
-      float code[4];
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        // 2^23 + code, as its bits stand in a float
-        unsigned bits;
-        if constexpr (BITS == 8) {
-          bits = __byte_perm(word[step], 0x4B000000, 0x7540 + i);
-        } else {
-          bits = 0x4B000000 | ((word[step / 2] >> (16 * (step % 2) + 4 * i)) & 15);
-        }
-        code[i] = __uint_as_float(bits) - 8388608.0f;
-      }
-      low[step] = pack<T>(code[0], code[1]);
-      high[step] = pack<T>(code[2], code[3]);
+      low[step] = Codes<T, 4>::pair(word[step / 2], step % 2 * 8);
+      high[step] = Codes<T, 4>::pair(word[step / 2], step % 2 * 8 + 4);
     }
   }
 }
@@ -164,7 +200,8 @@ struct Tile {
 
   // A block's product, added to its range's sum. total: the sum of x alone.
   DEVICE static float add(float sum, float product, T scale, T bias, float total) {
-    return __fmaf_rn(float(bias), total, __fmaf_rn(float(scale), product, sum));
+    float of_total = __fmaf_rn(float(scale), -OFFSET<T, BITS>, float(bias));
+    return __fmaf_rn(of_total, total, __fmaf_rn(float(scale), product, sum));
   }
 
   // The same of eight columns. total: unless the weight is plain.
@@ -533,17 +570,18 @@ DEVICE void look_up(const unsigned char* codes, const T* scales, const int* toke
   for (int at = threadIdx.x; at < k; at += blockDim.x) {
     int block = at / W::BLOCK;
     int lane = row % 8 * 4 + at % W::BLOCK / QUARTER;
-    int bit = at % QUARTER * BITS;
-    int word = half * W::WORDS + bit / 32;
+    int word = half * W::WORDS + at % QUARTER * BITS / 32;
+    int bit = at % 2 * 16 + at % (32 / BITS) / 2 * BITS; // in the word: see layout.rs
     size_t first = (tile * (k / W::BLOCK) + block) * (W::BYTES / 4);
     int place = (word / W::VECTOR * 32 + lane) * W::VECTOR + word % W::VECTOR;
-    unsigned bits = reinterpret_cast<const unsigned*>(codes)[first + place] >> (bit % 32);
+    unsigned bits = reinterpret_cast<const unsigned*>(codes)[first + place] >> bit;
     T* to = out + size_t(blockIdx.x) * k + at;
     if constexpr (BITS == 16) {
       to->bits = bits;
     } else {
       const T* of = scales + (tile * (k / GROUP) + at / GROUP) * 32 + row % 8 * 4 + half * 2;
-      *to = T(__fmaf_rn(float(of[0]), float(bits & ((1u << BITS) - 1)), float(of[1])));
+      unsigned code = (BITS == 8 ? bits ^ 0x80 : bits) & ((1u << BITS) - 1);
+      *to = T(__fmaf_rn(float(of[0]), float(code), float(of[1])));
     }
   }
 }
