@@ -145,7 +145,6 @@ impl Kernels {
             pair(sizes[0].0, sizes[1].0),
             pair(sizes[2].0, sizes[3].0),
             pair(rotation.eps.to_bits() as usize, layers.len()),
-            pair(self.gpu.cache_bytes() / 3 / self.gpu.multiprocessors(), 0),
         ];
         for layer in layers {
             for weight in layer.weights {
@@ -170,7 +169,7 @@ impl Kernels {
 }
 
 /// Words of `Decode` of the kernels before its layers, and of a layer.
-const HEADER_WORDS: usize = 17;
+const HEADER_WORDS: usize = 16;
 const LAYER_WORDS: usize = 18;
 
 /// Bytes of partial results of a step of one token that sees so many [`crate::parts`].

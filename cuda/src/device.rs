@@ -17,8 +17,6 @@ const MOST_SHARED: sys::CUdevice_attribute =
 const MULTIPROCESSORS: sys::CUdevice_attribute =
     sys::CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT;
 
-const CACHE: sys::CUdevice_attribute = sys::CUdevice_attribute::CU_DEVICE_ATTRIBUTE_L2_CACHE_SIZE;
-
 /// One GPU, as one rank uses it.
 pub struct Gpu {
     context: Arc<CudaContext>,
@@ -27,7 +25,6 @@ pub struct Gpu {
     capability: (i32, i32),
     shared_bytes: usize,
     multiprocessors: usize,
-    cache_bytes: usize,
     memory_bytes: u64,
     allocated_bytes: AtomicU64,
     peak_bytes: AtomicU64,
@@ -70,7 +67,6 @@ impl Gpu {
                 capability: context.compute_capability()?,
                 shared_bytes: context.attribute(MOST_SHARED)?.try_into().unwrap_or(0),
                 multiprocessors: context.attribute(MULTIPROCESSORS)?.try_into().unwrap_or(1),
-                cache_bytes: context.attribute(CACHE)?.try_into().unwrap_or(0),
                 memory_bytes: context.total_mem()? as u64,
                 context,
                 allocated_bytes: AtomicU64::new(0),
@@ -119,11 +115,6 @@ impl Gpu {
     /// Multiprocessors it has.
     pub(crate) fn multiprocessors(&self) -> usize {
         self.multiprocessors.max(1)
-    }
-
-    /// Bytes of the second-level cache.
-    pub(crate) fn cache_bytes(&self) -> usize {
-        self.cache_bytes
     }
 
     /// Compute capability, major and minor.

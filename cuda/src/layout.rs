@@ -4,8 +4,7 @@
 //! `l / 4 + 8` the quarter `l % 4` of the block's columns; what it has is cut into vectors of up to sixteen bytes, and
 //! the first vectors of all lanes come first. So a warp reads memory without gaps, whatever the width of the weight.
 //!
-//! In each word codes stand in pairs, one in either half at the same place, so that one operation takes both. Codes of
-//! 8 bits are kept less 128, in two's complement.
+//! Codes of 4 bits stand in pairs, one in either half of a word at the same place, so that one operation takes both.
 
 use crate::program::Format;
 use rayon::prelude::*;
@@ -37,9 +36,11 @@ pub fn arrange_codes(format: Format, inputs: usize, codes: &[u8]) -> Vec<u8> {
                     let lane = row * QUARTERS + part * piece / quarter;
                     let of_lane = half * quarter + part * piece % quarter;
                     let at = (of_lane / vector * 32 + lane) * vector + of_lane % vector;
-                    let words = to[at..at + piece].as_chunks_mut::<4>().0.iter_mut();
-                    for (to, &from) in words.zip(from.as_chunks::<4>().0) {
-                        *to = in_pairs(format.bits, u32::from_le_bytes(from)).to_le_bytes();
+                    to[at..at + piece].copy_from_slice(from);
+                    if format.bits == 4 {
+                        for word in to[at..at + piece].as_chunks_mut::<4>().0 {
+                            *word = in_pairs(u32::from_le_bytes(*word)).to_le_bytes();
+                        }
                     }
                 }
             }
@@ -48,19 +49,12 @@ pub fn arrange_codes(format: Format, inputs: usize, codes: &[u8]) -> Vec<u8> {
     arranged
 }
 
-/// A word of codes that follow one another, so that the first two are the first of its halves, and so on.
-fn in_pairs(bits: usize, word: u32) -> u32 {
-    match bits {
-        4 => (0..4).fold(0, |all, pair| {
-            let of_pair = word >> (8 * pair);
-            all | (of_pair & 15) << (4 * pair) | (of_pair >> 4 & 15) << (16 + 4 * pair)
-        }),
-        8 => {
-            let [a, b, c, d] = word.to_le_bytes();
-            u32::from_le_bytes([a, c, b, d]) ^ 0x8080_8080
-        }
-        _ => word,
-    }
+/// A word of eight codes, so that the first two are the first of its halves, and so on.
+fn in_pairs(word: u32) -> u32 {
+    (0..4).fold(0, |all, pair| {
+        let of_pair = word >> (8 * pair);
+        all | (of_pair & 15) << (4 * pair) | (of_pair >> 4 & 15) << (16 + 4 * pair)
+    })
 }
 
 /// `scales`, `biases`: `[outputs, groups]` of elements of two bytes, row by row -> `[outputs / 16, groups, 8]` of the
@@ -96,7 +90,10 @@ mod tests {
         let vector = 4.min(2 * words);
         let lane = row % 8 * 4 + column % block / (block / 4);
         let word = row % 16 / 8 * words + column % (block / 4) * bits / 32;
-        let bit = column % 2 * 16 + column % (32 / bits) / 2 * bits;
+        let bit = match bits {
+            4 => column % 2 * 16 + column % 8 / 2 * 4,
+            _ => column % (32 / bits) * bits,
+        };
         let first = (row / 16 * (inputs / block) + column / block) * (2 * words * 32);
         (first + (word / vector * 32 + lane) * vector + word % vector) * 32 + bit
     }
@@ -125,9 +122,8 @@ mod tests {
             };
             for row in 0..outputs {
                 for column in 0..inputs {
-                    let less = if bits == 8 { 0x80 } else { 0 };
                     assert_eq!(
-                        code(&arranged, place(format, inputs, row, column)) ^ less,
+                        code(&arranged, place(format, inputs, row, column)),
                         code(&codes, (row * inputs + column) * bits),
                         "{format:?}, row {row}, column {column}"
                     );

@@ -49,8 +49,6 @@ struct Decode {
   int n[MATRICES];
   float eps;
   int layer_count;
-  int ahead_bytes; // that a thread block may ask the second-level cache for
-  int unused;
   Layer<T> layer[LAYERS];
 };
 
@@ -224,52 +222,6 @@ struct Chunks {
   }
 };
 
-// Asks for memory to be in the second-level cache.
-DEVICE void bring_near(const void* from, unsigned bytes) {
-  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(from), "r"(bytes) : "memory");
-}
-
-// The same for a matrix's tiles that are this thread block's, by one warp.
-template <typename C, typename T, int LAYERS>
-DEVICE void bring_matrix_near(const Decode<T, LAYERS>& of, const Layer<T>& layer, int matrix) {
-  using W = typename C::W;
-  int blocks = of.k[matrix] / W::BLOCK;
-  unsigned code_bytes = blocks * W::BYTES;
-  unsigned scale_bytes = C::group_of(blocks) * W::SCALE_BYTES;
-  int index = threadIdx.x % 32;
-  int tile = blockIdx.x + index * gridDim.x;
-  if (tile < of.n[matrix] / 16 && (index + 1) * (code_bytes + scale_bytes) <= of.ahead_bytes) {
-    bring_near(layer.matrix[matrix].codes + size_t(tile) * code_bytes, code_bytes);
-    if constexpr (W::IS_QUANTIZED) {
-      bring_near(reinterpret_cast<const unsigned char*>(layer.matrix[matrix].scales) + size_t(tile) * scale_bytes,
-                 scale_bytes);
-    }
-  }
-}
-
-// The same for what attention reads of earlier steps, and for the norms.
-template <typename T, int LAYERS, int KV_HEADS, int HEAD_DIM>
-DEVICE void bring_others_near(const Decode<T, LAYERS>& of, const Layer<T>& layer, int page_count, const int* pages) {
-  constexpr unsigned PAGE_BYTES = PAGE * HEAD_DIM * sizeof(T);
-  int each = gridDim.x / KV_HEADS;
-  int index = threadIdx.x % 32;
-  int page = blockIdx.x / KV_HEADS + index * each;
-  if (blockIdx.x < each * KV_HEADS && page < page_count) {
-    size_t at = (size_t(pages[page]) * KV_HEADS + blockIdx.x % KV_HEADS) * PAGE * HEAD_DIM;
-    bring_near(layer.keys + at, PAGE_BYTES);
-    bring_near(layer.values + at, PAGE_BYTES);
-  }
-  if (blockIdx.x == gridDim.x - 1 && index == 0) {
-    unsigned bytes = of.k[QKV] * sizeof(T);
-    bring_near(layer.input_norm, bytes);
-    bring_near(layer.post_attention_norm, bytes);
-    if (layer.q_norm) {
-      bring_near(layer.q_norm, HEAD_DIM * sizeof(T));
-      bring_near(layer.k_norm, HEAD_DIM * sizeof(T));
-    }
-  }
-}
-
 // Products of one matrix and a row of x in shared memory: of the tiles that are this thread block's.
 // totals: room for the sum of each block of x.
 // residual(output): what will be added to an output. done(tile, row, low, high, residuals): the sums of outputs 16 tile
@@ -301,7 +253,7 @@ DEVICE void multiply_row(Chunks& chunks, const T* x, float* totals, int k, int n
         const unsigned char* chunk = chunks.take();
         // The products of a chunk side by side: each is a chain of its own. Where there is no second block, what is
         // computed of it is not added; shared memory has what is read for it.
-        unsigned values[CHUNK][2 * W::STEPS];
+        unsigned values[CHUNK][2 * W::STEPS] = {};
         unsigned a[CHUNK][W::STEPS][4];
         float product[CHUNK][4] = {};
         float total[CHUNK];
@@ -309,7 +261,9 @@ DEVICE void multiply_row(Chunks& chunks, const T* x, float* totals, int k, int n
         for (int c = 0; c < CHUNK; ++c) {
           unsigned word[2 * W::WORDS];
           W::template load<true>(word, chunk + c * W::BYTES);
-          load_words<2 * W::STEPS>(values[c], column + (first + c) * W::BLOCK);
+          if (lane < 4) { // which have the first column
+            load_words<2 * W::STEPS>(values[c], column + (first + c) * W::BLOCK);
+          }
           W::unpack(word, a[c]);
         }
         if (W::IS_QUANTIZED && is_first) {
@@ -418,6 +372,10 @@ DEVICE void attend_row(const Decode<T, LAYERS>& of, const Layer<T>& layer,
     values.load(layer.values + at + dim * PAGE);
   };
   load();
+  typename Head<T, HEAD_DIM>::Norm norm;
+  if constexpr (HAS_NORM) {
+    norm.load(warp < GROUP ? layer.q_norm : layer.k_norm);
+  }
   wait();
   // The last page is this thread block's if one of its pages is: then keys and values are to be written.
   bool has_new = (page_count - 1) % each == page;
@@ -427,7 +385,10 @@ DEVICE void attend_row(const Decode<T, LAYERS>& of, const Layer<T>& layer,
     turned.load(of.qkv + from * HEAD_DIM);
     if (head <= GROUP) {
       if constexpr (HAS_NORM) {
-        turned.norm(head < GROUP ? layer.q_norm : layer.k_norm, of.eps);
+        if (head == WARPS) {
+          norm.load(layer.k_norm);
+        }
+        turned.norm(norm, of.eps);
       }
       turned.rotate(turn);
     }
@@ -611,19 +572,6 @@ DEVICE void decode(const Decode<T, LAYERS>& of) {
       const T* norm = matrix == QKV ? layer.input_norm : layer.post_attention_norm;
       uint4 first = is_normed ? first_of_norm(norm, k) : uint4();
       auto wait = [&] { wait_until(of.progress + FINISHED, finished * gridDim.x); };
-      // While little is read, what comes next is brought near: what is further ahead than the ring.
-      if (threadIdx.x / 32 == WARPS - 1) {
-        if (matrix == O) {
-          bring_matrix_near<C>(of, layer, GATE_UP);
-        } else if (matrix == GATE_UP) {
-          bring_matrix_near<C>(of, layer, DOWN);
-          if (index + 1 < of.layer_count) {
-            const Layer<T>& next = of.layer[index + 1];
-            bring_others_near<T, LAYERS, KV_HEADS, HEAD_DIM>(of, next, position / PAGE + 1, pages);
-            bring_matrix_near<C>(of, next, QKV);
-          }
-        }
-      }
       if (matrix == O) {
         attend_row<T, LAYERS, QUERY_HEADS, KV_HEADS, HEAD_DIM, HAS_NORM>(of, layer, attend_shared, turn, position, target,
                                                                          pages, wait);

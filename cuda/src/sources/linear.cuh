@@ -62,19 +62,23 @@ DEVICE void stream_words(unsigned (&word)[WORDS], const void* from) {
   }
 }
 
-// What a code becomes is a number of T, exactly, plus OFFSET of it; biases make up for that.
+// What a code becomes is a number of T: SIGN times the code, plus OFFSET, exactly. Scales and biases make up for that.
+template <typename T, int BITS>
+constexpr float SIGN = 1;
+template <>
+constexpr float SIGN<Bf16, 8> = -1;
+
 template <typename T, int BITS>
 constexpr float OFFSET = 0;
 template <>
 constexpr float OFFSET<Bf16, 4> = 128;
 template <>
-constexpr float OFFSET<Bf16, 8> = -128;
-template <>
 constexpr float OFFSET<F16, 4> = 1024;
 template <>
 constexpr float OFFSET<F16, 8> = 1024;
 
-// The codes of a word that stand at `at` bits from the start of both its halves, as two numbers of T.
+// Codes as numbers of T, in pairs: those of four bits that stand at the same place in both halves of a word, or bytes
+// `first` and `first + 1` of a word.
 template <typename T, int BITS>
 struct Codes;
 
@@ -83,27 +87,28 @@ struct Codes<Bf16, 4> {
   DEVICE static unsigned pair(unsigned word, int at) { return ((word >> at) & 0x000F000F) | 0x43004300; }
 };
 
-// Bytes are code - 128 in two's complement: the seven low bits on top of 128, less 128 or 256.
-template <>
-struct Codes<Bf16, 8> {
-  DEVICE static unsigned pair(unsigned word, int at) {
-    unsigned low = ((word >> at) & 0x007F007F) | 0x43004300;
-    unsigned high = ((word >> at) & 0x00800080) | 0x43004300;
-    unsigned difference;
-    asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(difference) : "r"(high), "r"(0xBF80BF80), "r"(low)); // - high + low
-    return difference;
-  }
-};
-
 template <>
 struct Codes<F16, 4> {
   DEVICE static unsigned pair(unsigned word, int at) { return ((word >> at) & 0x000F000F) | 0x64006400; }
 };
 
+// As the low bits of 128, a byte gives t = 128 + code below 128, and 2 code from there on: the exponent is one more. So
+// code = t / 2 - max(0, 128 - t / 2), without rounding. With -t it is -code, in two operations.
+template <>
+struct Codes<Bf16, 8> {
+  DEVICE static unsigned pair(unsigned word, int first) {
+    unsigned minus_t = __byte_perm(word, 0xC3C3C3C3, 0x4040 + 0x101 * first + 0x0100);
+    unsigned rest, minus_code;
+    asm("fma.rn.relu.bf16x2 %0, %1, %2, %3;" : "=r"(rest) : "r"(minus_t), "r"(0x3F003F00), "r"(0x43004300));
+    asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(minus_code) : "r"(minus_t), "r"(0x3F003F00), "r"(rest));
+    return minus_code;
+  }
+};
+
 template <>
 struct Codes<F16, 8> {
-  DEVICE static unsigned pair(unsigned word, int at) {
-    return (((word >> at) ^ 0x00800080) & 0x00FF00FF) | 0x64006400;
+  DEVICE static unsigned pair(unsigned word, int first) {
+    return __byte_perm(word, 0x64646464, 0x4040 + 0x101 * first + 0x0100);
   }
 };
 
@@ -117,7 +122,7 @@ DEVICE void to_places(const unsigned* word, unsigned (&low)[STEPS], unsigned (&h
       high[step] = word[2 * step + 1];
     } else if constexpr (BITS == 8) {
       low[step] = Codes<T, 8>::pair(word[step], 0);
-      high[step] = Codes<T, 8>::pair(word[step], 8);
+      high[step] = Codes<T, 8>::pair(word[step], 2);
     } else {
       low[step] = Codes<T, 4>::pair(word[step / 2], step % 2 * 8);
       high[step] = Codes<T, 4>::pair(word[step / 2], step % 2 * 8 + 4);
@@ -201,7 +206,7 @@ struct Tile {
   // A block's product, added to its range's sum. total: the sum of x alone.
   DEVICE static float add(float sum, float product, T scale, T bias, float total) {
     float of_total = __fmaf_rn(float(scale), -OFFSET<T, BITS>, float(bias));
-    return __fmaf_rn(of_total, total, __fmaf_rn(float(scale), product, sum));
+    return __fmaf_rn(of_total, total, __fmaf_rn(SIGN<T, BITS> * float(scale), product, sum));
   }
 
   // The same of eight columns. total: unless the weight is plain.
@@ -571,7 +576,7 @@ DEVICE void look_up(const unsigned char* codes, const T* scales, const int* toke
     int block = at / W::BLOCK;
     int lane = row % 8 * 4 + at % W::BLOCK / QUARTER;
     int word = half * W::WORDS + at % QUARTER * BITS / 32;
-    int bit = at % 2 * 16 + at % (32 / BITS) / 2 * BITS; // in the word: see layout.rs
+    int bit = BITS == 4 ? at % 2 * 16 + at % 8 / 2 * 4 : at % (32 / BITS) * BITS; // in the word
     size_t first = (tile * (k / W::BLOCK) + block) * (W::BYTES / 4);
     int place = (word / W::VECTOR * 32 + lane) * W::VECTOR + word % W::VECTOR;
     unsigned bits = reinterpret_cast<const unsigned*>(codes)[first + place] >> bit;
@@ -580,8 +585,7 @@ DEVICE void look_up(const unsigned char* codes, const T* scales, const int* toke
       to->bits = bits;
     } else {
       const T* of = scales + (tile * (k / GROUP) + at / GROUP) * 32 + row % 8 * 4 + half * 2;
-      unsigned code = (BITS == 8 ? bits ^ 0x80 : bits) & ((1u << BITS) - 1);
-      *to = T(__fmaf_rn(float(of[0]), float(code), float(of[1])));
+      *to = T(__fmaf_rn(float(of[0]), float(bits & ((1u << BITS) - 1)), float(of[1])));
     }
   }
 }

@@ -93,8 +93,22 @@ struct Head {
     }
   }
 
-  DEVICE void norm(const T* weight, float eps) {
-    int lane = threadIdx.x % 32;
+  // The weight of a norm over a head: what is the lane's.
+  struct Norm {
+    T low[EACH];
+    T high[EACH];
+
+    DEVICE void load(const T* weight) {
+#pragma unroll
+      for (int i = 0; i < EACH; ++i) {
+        int pair = min(int(threadIdx.x % 32) + 32 * i, PAIRS - 1);
+        low[i] = weight[pair];
+        high[i] = weight[pair + PAIRS];
+      }
+    }
+  };
+
+  DEVICE void norm(const Norm& weight, float eps) {
     float squares = 0;
 #pragma unroll
     for (int i = 0; i < EACH; ++i) {
@@ -103,9 +117,8 @@ struct Head {
     float scale = rsqrtf(sum_of_warp(squares) / HEAD_DIM + eps);
 #pragma unroll
     for (int i = 0; i < EACH; ++i) {
-      int pair = min(lane + 32 * i, PAIRS - 1);
-      low[i] *= scale * float(weight[pair]);
-      high[i] *= scale * float(weight[pair + PAIRS]);
+      low[i] *= scale * float(weight.low[i]);
+      high[i] *= scale * float(weight.high[i]);
     }
   }
 
@@ -178,7 +191,9 @@ DEVICE void rotate(const T* qkv, const T* q_norm, const T* k_norm, const float* 
   of.load(qkv + (size_t(row) * HEADS + head) * HEAD_DIM);
   if (head < QUERY_HEADS + KV_HEADS) {
     if constexpr (HAS_NORM) {
-      of.norm(head < QUERY_HEADS ? q_norm : k_norm, eps);
+      typename Head<T, HEAD_DIM>::Norm norm;
+      norm.load(head < QUERY_HEADS ? q_norm : k_norm);
+      of.norm(norm, eps);
     }
     of.rotate(typename Head<T, HEAD_DIM>::Turn(frequencies, float(places[2 * row])));
   }
