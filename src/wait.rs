@@ -13,9 +13,11 @@ use std::time::{Duration, Instant};
 
 /// Polls before the first pause: about what a message between processes of one host takes.
 const EAGER_POLLS: u32 = 64;
-/// A pause is this part of the time waited, where cores are few; and where they are many.
+/// How long there are no pauses where cores are many: longer than a step of one token of a GPU, to which the shortest
+/// sleep would add a good part.
+const NO_PAUSE_WITH_CORES: Duration = Duration::from_millis(3);
+/// A pause is this part of the time waited.
 const PAUSE_PART: u32 = 32;
-const PAUSE_PART_WITH_CORES: u32 = 64;
 /// Shortest pause: what a system can sleep.
 const SHORTEST_PAUSE: Duration = Duration::from_micros(10);
 /// Longest pause while an answer is due.
@@ -126,9 +128,9 @@ pub fn end_on_signals() -> Result<()> {
 /// Whether there are so many cores that looking often takes none from who computes.
 static HAS_CORES: AtomicBool = AtomicBool::new(false);
 
-/// Lets this thread, and those that it starts later, sleep as briefly as they ask to, and look more often. Linux lets
-/// sleeps last 50 us longer unless told otherwise, which between two steps of a GPU is a good part of the time. For hosts
-/// with cores to spare: elsewhere who looks takes time from who computes.
+/// Lets waits begin with looking only, and this thread, and those that it starts later, sleep as briefly as they ask to:
+/// Linux lets sleeps last 50 us longer unless told otherwise. For hosts with cores to spare: elsewhere who looks takes
+/// time from who computes.
 pub fn look_often() {
     HAS_CORES.store(true, Ordering::Relaxed);
     #[cfg(target_os = "linux")]
@@ -222,10 +224,14 @@ impl Patience {
         check_signals()?;
         if self.polls < EAGER_POLLS {
             std::hint::spin_loop();
-        } else if self.polls < 2 * EAGER_POLLS {
+            return Ok(());
+        }
+        let elapsed = self.elapsed();
+        let only_looks = HAS_CORES.load(Ordering::Relaxed) && elapsed < NO_PAUSE_WITH_CORES;
+        if self.polls < 2 * EAGER_POLLS || only_looks {
             thread::yield_now();
         } else {
-            sleep(pause_after(self.elapsed(), longest));
+            sleep(pause_after(elapsed, longest));
         }
         Ok(())
     }
@@ -233,11 +239,7 @@ impl Patience {
 
 /// The pause of a wait that has taken so long.
 fn pause_after(waited: Duration, longest: Duration) -> Duration {
-    let part = match HAS_CORES.load(Ordering::Relaxed) {
-        true => PAUSE_PART_WITH_CORES,
-        false => PAUSE_PART,
-    };
-    (waited / part).clamp(SHORTEST_PAUSE, longest)
+    (waited / PAUSE_PART).clamp(SHORTEST_PAUSE, longest)
 }
 
 impl Default for Patience {
