@@ -26,7 +26,7 @@ use std::time::Duration;
 pub enum Kind {
     /// A step, or the end, down the pipeline.
     Frame,
-    /// What the first rank asks of the last.
+    /// What the first rank asks of the others, out of turn.
     Question,
     /// What the last rank answers.
     Answer,
@@ -219,7 +219,10 @@ impl Messages {
         let receiving = self.receiving.entry((from, kind)).or_default();
         while receiving.arrived.len() < RECEIVED_AHEAD {
             if receiving.pending.is_none() {
-                let probed = source.immediate_matched_probe_with_tag(kind.tag());
+                // Open MPI looks among what has arrived before it takes in what has come since: only the second look sees
+                // that, and the next poll may be a pause away.
+                let probe = || source.immediate_matched_probe_with_tag(kind.tag());
+                let probed = probe().or_else(probe);
                 let Some((message, status)) = probed else {
                     break;
                 };
