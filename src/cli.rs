@@ -326,8 +326,8 @@ pub struct ServerOptions {
           value_parser = clap::value_parser!(u64).range(1..=86_400))]
     pub body_s: u64,
 
-    /// Seconds that a client may read nothing of an answer that is being sent to it
-    #[arg(long, value_name = "SECONDS", default_value_t = 30,
+    /// Seconds that a client which is behind may read nothing of its answer; then it is taken to be gone
+    #[arg(long, value_name = "SECONDS", default_value_t = 10,
           value_parser = clap::value_parser!(u64).range(1..=86_400))]
     pub write_s: u64,
 

@@ -1176,6 +1176,72 @@ fn who_reads_nothing_loses_its_connection_and_nobody_else_anything() {
 }
 
 #[test]
+fn who_takes_all_places_and_reads_nothing_loses_them() {
+    let options = ["--write-s", "1", "--max-sequences", "2", "--max-queue", "2"];
+    let server = Server::start("unread", &options);
+    // Much less than a system would take in of its own accord, and more than this server lets it.
+    let unread = json!({"prompt": "Once upon a time", "max_tokens": 2000, "logprobs": 5, "stream": true,
+        "temperature": 1.0, "logit_bias": {"0": -100, "2": -100}});
+    let request = server.request(
+        "/v1/completions",
+        &unread.to_string(),
+        "Content-Type: application/json\r\n",
+    );
+    let crowd: Vec<TcpStream> = (0..4)
+        .map(|_| {
+            let mut stream = server.connect();
+            stream.write_all(request.as_bytes()).unwrap();
+            stream
+        })
+        .collect();
+    let body = json!({"prompt": "The capital of France is", "max_tokens": 2});
+    let began = Instant::now();
+    let answered = loop {
+        let reply = server.post("/v1/completions", &body);
+        if reply.status != 429 {
+            break reply;
+        }
+        assert!(began.elapsed() < PATIENCE, "no place became free");
+        std::thread::sleep(Duration::from_millis(50));
+    };
+    assert_eq!(answered.status, 200, "{}", answered.text());
+    while server.metric("requests_total{outcome=\"cancelled\"}") < 4.0 {
+        assert!(
+            began.elapsed() < PATIENCE,
+            "{}",
+            server.get("/metrics").text()
+        );
+        std::thread::sleep(Duration::from_millis(50));
+    }
+    assert_eq!(server.metric("kv_used_tokens"), 0.0);
+    server.must_be_well();
+    drop(crowd);
+    server.end();
+}
+
+#[test]
+fn who_still_sends_what_is_refused_sees_why() {
+    let server = Server::start_with(
+        "linger",
+        program(),
+        &demo_model(),
+        &["--max-body", "100000"],
+    );
+    let body = " ".repeat(20_000_000);
+    let json_type = "Content-Type: application/json\r\n";
+    let chunked = format!(
+        "POST /v1/completions HTTP/1.1\r\nHost: {}\r\n{json_type}Transfer-Encoding: chunked\r\n\r\n1312D00\r\n{body}\r\n0\r\n\r\n",
+        server.addr
+    );
+    for request in [server.request("/v1/completions", &body, json_type), chunked] {
+        let mut stream = server.connect();
+        stream.write_all(request.as_bytes()).unwrap();
+        Reply::read(stream).error(413);
+    }
+    server.end();
+}
+
+#[test]
 fn it_listens_while_the_ranks_load() {
     let server = Server::start_loading("loading", mpirun(3), &demo_model(), &[]);
     // Loading takes less than a second: whichever it is, health says so.
