@@ -668,6 +668,11 @@ fn what_cannot_be_answered_is_refused_by_status_and_field() {
             400,
             json!("temperature"),
         ),
+        (
+            completion(json!({"temperature": 2.5})),
+            400,
+            json!("temperature"),
+        ),
         (completion(json!({"echo": true})), 400, json!("echo")),
         (completion(json!({"best_of": 2})), 400, json!("best_of")),
         (
@@ -739,6 +744,27 @@ fn what_cannot_be_answered_is_refused_by_status_and_field() {
             .error(415);
         assert_eq!(error["code"], "unsupported_media_type");
     }
+    let json_type = "Content-Type: application/json\r\n";
+    let a = json!({"prompt": "a", "max_tokens": 1}).to_string();
+    for (encoding, status) in [("gzip", 415), ("br", 415), ("identity", 200)] {
+        let headers = format!("{json_type}Content-Encoding: {encoding}\r\n");
+        let reply = server.post_with("/v1/completions", &a, &headers);
+        assert_eq!(reply.status, status, "{}", reply.text());
+        assert_eq!(reply.text().contains("Content-Encoding"), status == 415);
+    }
+    let twice = r#"{"prompt": "a", "seed": 1, "seed": 2}"#;
+    let error = server
+        .post_with("/v1/completions", twice, json_type)
+        .error(400);
+    assert_eq!(error["param"], "seed");
+    let hosts = format!("{json_type}Host: localhost\r\n");
+    let error = server.post_with("/v1/completions", &a, &hosts).error(400);
+    assert_eq!(error["code"], "several_hosts");
+    let lengths = format!("{json_type}Content-Length: 5\r\n");
+    assert_eq!(
+        server.post_with("/v1/completions", &a, &lengths).status,
+        400
+    );
     let large = json!({"prompt": "x".repeat(200_000)});
     server.post("/v1/completions", &large).error(413);
     let chunked = format!(
@@ -769,6 +795,7 @@ fn what_cannot_be_answered_is_refused_by_status_and_field() {
     );
     assert_eq!(server.get("/v1/models/SmolLM2-135M-Instruct").status, 200);
     let page = server.get("/");
+    assert!(!page.head.contains("unsafe"), "{}", page.head);
     assert!(
         page.head
             .contains("content-security-policy: default-src 'none'"),
