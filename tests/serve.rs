@@ -1352,6 +1352,11 @@ fn mistakes_on_the_command_line_are_named() {
         (vec!["--format", "jsonl"], "--format does not go with serve"),
         (vec!["--trace", "t.json"], "--trace does not go with serve"),
         (vec!["--addr", "nowhere"], "--addr"),
+        (vec!["--addr", "8080"], "such as 127.0.0.1:8080"),
+        (
+            vec!["--api-key-file", dir.path().to_str().unwrap()],
+            "--api-key-file",
+        ),
         (vec!["--max-body", "1TB"], "256MB"),
         (vec!["--temperature", "-1"], "--temperature"),
         (vec!["--addr", &taken], "choose another --addr"),

@@ -164,6 +164,11 @@ impl From<Denial> for ApiError {
                 "invalid_api_key",
                 "this server needs a key that it knows: Authorization: Bearer KEY",
             ),
+            Denial::Host(host) if host.is_empty() => Self::new(
+                StatusCode::FORBIDDEN,
+                "unknown_host",
+                "the request does not say which host it is for; send a Host header with this server's address",
+            ),
             Denial::Host(host) => Self::new(
                 StatusCode::FORBIDDEN,
                 "unknown_host",

@@ -280,7 +280,7 @@ impl Tokenizer {
             return self.ids(&self.render_chat(chat)?, false);
         };
         let text = self.render_chat(&marked.chat)?;
-        self.check_length(&text)?;
+        self.check_length(text.split(marked.mark).map(str::len).sum())?;
         let mut ids = Vec::new();
         for part in text.split(marked.mark) {
             ids.extend(self.ids(part, false)?);
@@ -342,11 +342,11 @@ impl Tokenizer {
             .and_then(|token| self.inner.token_to_id(token))
     }
 
-    fn check_length(&self, text: &str) -> Result<(), TokenizerError> {
-        match text.len() > self.most_text_bytes {
+    fn check_length(&self, bytes: usize) -> Result<(), TokenizerError> {
+        match bytes > self.most_text_bytes {
             false => Ok(()),
             true => Err(TokenizerError::TooLong {
-                bytes: text.len(),
+                bytes,
                 most_bytes: self.most_text_bytes,
                 context_tokens: self.context_tokens,
             }),
@@ -354,7 +354,7 @@ impl Tokenizer {
     }
 
     fn ids(&self, text: &str, add_special_tokens: bool) -> Result<Vec<u32>, TokenizerError> {
-        self.check_length(text)?;
+        self.check_length(text.len())?;
         let encoding = self.inner.encode_fast(text, add_special_tokens);
         let encoding = encoding.map_err(|error| TokenizerError::Encode {
             what: error.to_string(),
