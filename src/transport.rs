@@ -219,10 +219,7 @@ impl Messages {
         let receiving = self.receiving.entry((from, kind)).or_default();
         while receiving.arrived.len() < RECEIVED_AHEAD {
             if receiving.pending.is_none() {
-                // Open MPI looks among what has arrived before it takes in what has come since: only the second look sees
-                // that, and the next poll may be a pause away.
-                let probe = || source.immediate_matched_probe_with_tag(kind.tag());
-                let probed = probe().or_else(probe);
+                let probed = source.immediate_matched_probe_with_tag(kind.tag());
                 let Some((message, status)) = probed else {
                     break;
                 };
