@@ -52,20 +52,31 @@ class Measured:
     http: list[Answered] = field(default_factory=list)
 
 
-def measure(repeats: int) -> None:
-    """Measures everything, and prints the table."""
+PARTS = ("throughput", "idle", "clients")
+
+
+def measure(repeats: int, only: list[str] | None = None) -> None:
+    """Measures everything, or these parts only, and prints the table."""
+    parts = only or PARTS
+    if unknown := [part for part in parts if part not in PARTS]:
+        sys.exit(f"bench: serve has no part {unknown[0]}; it has {', '.join(PARTS)}")
     if not bench_ranks.are_known():
         sys.exit("bench: this system does not tell of processes in /proc, from which serve's figures come")
     print("| serve, three ranks on this machine | measured | goal | reached |\n|---|---|---|---|", flush=True)
+    measures = []
+    if "throughput" in parts:
+        for title, model in (("1.7B shape, 8 bits", checkpoint("qwen3-1.7b", 8)), ("SmolLM2-135M-Instruct", demo_model())):
+            measures.append(lambda title=title, model=model: cost_of_http(title, model, repeats))
+    if "idle" in parts:
+        measures.append(lambda: at_rest(repeats))
     others: list[float | None] = []
-    for title, model in (("1.7B shape, 8 bits", checkpoint("qwen3-1.7b", 8)), ("SmolLM2-135M-Instruct", demo_model())):
-        rows, disturbed = watched(lambda: cost_of_http(title, model, repeats))
+    for one in measures:
+        rows, disturbed = watched(one)
         print("\n".join(rows), flush=True)
         others.append(disturbed)
-    rows, disturbed = watched(lambda: at_rest(repeats))
-    print("\n".join(rows), flush=True)
-    others.append(disturbed)
-    print("\n".join([*many_clients(), "", *notes(repeats)]))
+    if "clients" in parts:
+        print("\n".join(many_clients()))
+    print("\n".join(["", *notes(repeats)]))
     # This program is a client and not its own child, so its time counts as others'. It is little but with many clients.
     print("\n" + sentence([cores for cores in others if cores is not None]))
 

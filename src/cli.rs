@@ -286,7 +286,7 @@ pub struct ServeOptions {
 #[command(next_help_heading = "Server")]
 pub struct ServerOptions {
     /// Address and port to listen on, on rank 0's host; port 0 takes a free one
-    #[arg(long, value_name = "ADDRESS", default_value = "127.0.0.1:8080")]
+    #[arg(long, value_name = "ADDRESS", default_value = "127.0.0.1:8080", value_parser = parse_addr)]
     pub addr: SocketAddr,
 
     /// File with the keys that clients may send (`Authorization: Bearer KEY`), one a line [default: no key needed]
@@ -326,8 +326,8 @@ pub struct ServerOptions {
           value_parser = clap::value_parser!(u64).range(1..=86_400))]
     pub body_s: u64,
 
-    /// Seconds that a client may read nothing of an answer that is being sent to it
-    #[arg(long, value_name = "SECONDS", default_value_t = 30,
+    /// Seconds that a client which is behind may read nothing of its answer; then it is taken to be gone
+    #[arg(long, value_name = "SECONDS", default_value_t = 10,
           value_parser = clap::value_parser!(u64).range(1..=86_400))]
     pub write_s: u64,
 
@@ -598,6 +598,15 @@ fn parse_bytes(text: &str) -> Result<u64, String> {
 const LARGEST_BODY_BYTES: u64 = 256_000_000;
 
 /// As [`parse_bytes`], up to 256 MB.
+fn parse_addr(text: &str) -> Result<SocketAddr, String> {
+    let expected = || {
+        format!(
+            "expected an address and a port, such as 127.0.0.1:8080 or [::]:8080, found \"{text}\""
+        )
+    };
+    text.parse().map_err(|_| expected())
+}
+
 fn parse_body_bytes(text: &str) -> Result<u64, String> {
     match parse_bytes(text)? {
         bytes @ ..=LARGEST_BODY_BYTES => Ok(bytes),

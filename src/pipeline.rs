@@ -186,9 +186,13 @@ impl<T: Transport, C: Compute> Worker<T, C> {
         };
         loop {
             let began = Instant::now();
+            let was_idle = leading.is_idle();
             leading.cancel();
             let has_admitted = leading.admit()?;
             let is_idle = leading.is_idle();
+            if was_idle && !is_idle {
+                self.wake_others()?;
+            }
             if leading.is_done && is_idle {
                 return self.end();
             }
@@ -203,6 +207,16 @@ impl<T: Transport, C: Compute> Worker<T, C> {
                 self.counters.active += began.elapsed();
             }
         }
+    }
+
+    /// Tells the other ranks that steps come soon. They look often while the first step is still being computed by those
+    /// before them; a pause of each would else add to the time of the first token.
+    fn wake_others(&mut self) -> Result<()> {
+        for rank in 1..self.transport.size() {
+            self.transport
+                .send(rank, Kind::Question, wire::encode(&Frame::Wake))?;
+        }
+        Ok(())
     }
 
     /// Asks for the rows of prompts that are needed next, and takes those that have come; whether any have.
@@ -350,30 +364,38 @@ impl<T: Transport, C: Compute> Worker<T, C> {
         let previous = self.transport.rank() - 1;
         loop {
             let waiting = Instant::now();
-            let bytes = wait::until("the previous rank", None, || {
+            let mut patience = Patience::new();
+            let bytes = loop {
                 while self.transport.try_shared()?.is_some() {}
-                while self.answer_question()? {}
-                self.transport.try_receive(previous, Kind::Frame)
-            })?;
+                while self.answer_question()? {
+                    patience.reset();
+                }
+                match self.transport.try_receive(previous, Kind::Frame)? {
+                    Some(bytes) => break bytes,
+                    None => patience.pause()?,
+                }
+            };
             self.counters.wait += waiting.elapsed();
             match wire::decode(&bytes).context("a frame from the previous rank")? {
                 (Frame::Step(step), payload) => self.execute(step, payload)?,
                 (Frame::End, _) => return self.end(),
-                (Frame::Lookup(_), _) => bail!("a lookup came down the pipeline"),
+                (other, _) => bail!("{other:?} came down the pipeline, expected a step"),
             }
         }
     }
 
-    /// On the last rank, if it holds the embedding table: looks up what the first asks for; whether it did.
+    /// Answers what the first rank has asked out of turn; whether it has.
     fn answer_question(&mut self) -> Result<bool> {
-        if self.rows == Rows::Local || self.transport.rank() != self.last() {
-            return Ok(false);
-        }
         let Some(question) = self.transport.try_receive(FIRST, Kind::Question)? else {
             return Ok(false);
         };
         match wire::decode(&question).context("a question of the first rank")? {
+            (Frame::Wake, _) => Ok(true),
             (Frame::Lookup(tokens), _) => {
+                ensure!(
+                    self.rows != Rows::Local && self.transport.rank() == self.last(),
+                    "the first rank asked for rows of a rank that has none"
+                );
                 let rows = self.compute.embed(&tokens)?;
                 self.counters.sent_bytes += rows.len() as u64;
                 self.transport.send(FIRST, Kind::Answer, rows)?;

@@ -26,7 +26,7 @@ use std::time::Duration;
 pub enum Kind {
     /// A step, or the end, down the pipeline.
     Frame,
-    /// What the first rank asks of the last.
+    /// What the first rank asks of the others, out of turn.
     Question,
     /// What the last rank answers.
     Answer,

@@ -166,6 +166,8 @@ pub fn check_signals() -> Result<(), Interrupted> {
 pub struct Patience {
     polls: u32,
     since: Instant,
+    /// The next pause is left out.
+    looks_again: bool,
 }
 
 impl Patience {
@@ -174,6 +176,7 @@ impl Patience {
         Self {
             polls: 0,
             since: Instant::now(),
+            looks_again: false,
         }
     }
 
@@ -200,11 +203,15 @@ impl Patience {
     /// # Errors
     /// [`Interrupted`] once a signal came.
     pub fn pause_by(&mut self, sleep: impl FnOnce(Duration)) -> Result<(), Interrupted> {
-        let longest = match self.elapsed() > IDLE_AFTER {
-            true => IDLE_PAUSE,
-            false => LONGEST_PAUSE,
-        };
-        self.pause_up_to(longest, sleep)
+        let is_idle = self.elapsed() > IDLE_AFTER;
+        // Open MPI looks among what has arrived before it takes in what has come since. So the first look after a long
+        // pause sees nothing yet, and the second must not be another pause away.
+        self.looks_again = is_idle && !self.looks_again;
+        match (is_idle, self.looks_again) {
+            (true, true) => check_signals(),
+            (true, false) => self.pause_up_to(IDLE_PAUSE, sleep),
+            (false, _) => self.pause_up_to(LONGEST_PAUSE, sleep),
+        }
     }
 
     /// As [`Self::pause`] while an answer is known to be due: never long, however long it takes.
@@ -290,6 +297,22 @@ mod tests {
     fn a_wait_over_its_limit_names_what_it_waited_for() {
         let waited = until::<()>("the moon", Some(Duration::from_millis(1)), || Ok(None));
         assert!(waited.unwrap_err().to_string().contains("the moon"));
+    }
+
+    #[test]
+    fn who_is_idle_looks_twice_between_pauses() {
+        let mut patience = Patience {
+            polls: 1000,
+            since: Instant::now().checked_sub(2 * IDLE_AFTER).unwrap(),
+            looks_again: false,
+        };
+        let mut pauses = Vec::new();
+        for _ in 0..6 {
+            pauses.push(None);
+            let pause = |length| *pauses.last_mut().unwrap() = Some(length);
+            patience.pause_by(pause).unwrap();
+        }
+        assert_eq!(pauses, [None, Some(IDLE_PAUSE)].repeat(3));
     }
 
     #[test]

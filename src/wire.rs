@@ -7,12 +7,13 @@
 use std::mem::size_of;
 
 /// Raised when a byte of the format, or of [`crate::parcel`]'s, changes; ranks compare it before they load anything.
-pub const PROTOCOL_VERSION: u16 = 5;
+pub const PROTOCOL_VERSION: u16 = 6;
 
 const MAGIC: [u8; 4] = *b"MXPS";
 const KIND_STEP: u8 = 1;
 const KIND_END: u8 = 2;
 const KIND_LOOKUP: u8 = 3;
+const KIND_WAKE: u8 = 4;
 const UPKEEP_RELEASE: u8 = 1;
 const UPKEEP_FORK: u8 = 2;
 /// Bytes of the shortest upkeep.
@@ -164,6 +165,8 @@ pub enum Frame {
     End,
     /// To the last rank, where it holds the embedding table: the rows of these tokens, please.
     Lookup(Vec<u32>),
+    /// To every rank: steps come soon, look for them often.
+    Wake,
 }
 
 impl Step {
@@ -206,6 +209,7 @@ pub fn encode(frame: &Frame) -> Vec<u8> {
     bytes.extend(PROTOCOL_VERSION.to_le_bytes());
     match frame {
         Frame::End => bytes.push(KIND_END),
+        Frame::Wake => bytes.push(KIND_WAKE),
         Frame::Lookup(tokens) => {
             bytes.push(KIND_LOOKUP);
             encode_tokens(tokens, &mut bytes);
@@ -307,6 +311,7 @@ pub fn decode(bytes: &[u8]) -> Result<(Frame, &[u8]), WireError> {
     }
     let frame = match reader.array::<1>()?[0] {
         KIND_END => Frame::End,
+        KIND_WAKE => Frame::Wake,
         KIND_LOOKUP => Frame::Lookup(decode_tokens(&mut reader)?),
         KIND_STEP => Frame::Step(decode_step(&mut reader)?),
         kind => return Err(WireError::Foreign(format!("unknown kind {kind}"))),

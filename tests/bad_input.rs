@@ -632,7 +632,7 @@ fn a_negative_temperature_is_refused_for_that_line() {
         &mut sound(&[]),
         r#"{"prompt": [1], "temperature": -0.5}"#,
         "invalid_value",
-        &["`temperature`", "0 or more", "found -0.5"],
+        &["`temperature`", "between 0 and 2", "found -0.5"],
     );
     assert_eq!(error["param"], "temperature");
 }
@@ -732,7 +732,11 @@ fn empty_input_is_bad_usage() {
 fn a_negative_temperature_on_the_command_line_is_bad_usage() {
     for arguments in [&["--temperature=-1"][..], &["--temperature", "-1"]] {
         let ran = run(&mut sound(arguments), b"");
-        refused(&ran, BAD_USAGE, &["temperature", "0 or more", "found -1"]);
+        refused(
+            &ran,
+            BAD_USAGE,
+            &["temperature", "between 0 and 2", "found -1"],
+        );
     }
 }
 

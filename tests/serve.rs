@@ -668,6 +668,11 @@ fn what_cannot_be_answered_is_refused_by_status_and_field() {
             400,
             json!("temperature"),
         ),
+        (
+            completion(json!({"temperature": 2.5})),
+            400,
+            json!("temperature"),
+        ),
         (completion(json!({"echo": true})), 400, json!("echo")),
         (completion(json!({"best_of": 2})), 400, json!("best_of")),
         (
@@ -739,6 +744,27 @@ fn what_cannot_be_answered_is_refused_by_status_and_field() {
             .error(415);
         assert_eq!(error["code"], "unsupported_media_type");
     }
+    let json_type = "Content-Type: application/json\r\n";
+    let a = json!({"prompt": "a", "max_tokens": 1}).to_string();
+    for (encoding, status) in [("gzip", 415), ("br", 415), ("identity", 200)] {
+        let headers = format!("{json_type}Content-Encoding: {encoding}\r\n");
+        let reply = server.post_with("/v1/completions", &a, &headers);
+        assert_eq!(reply.status, status, "{}", reply.text());
+        assert_eq!(reply.text().contains("Content-Encoding"), status == 415);
+    }
+    let twice = r#"{"prompt": "a", "seed": 1, "seed": 2}"#;
+    let error = server
+        .post_with("/v1/completions", twice, json_type)
+        .error(400);
+    assert_eq!(error["param"], "seed");
+    let hosts = format!("{json_type}Host: localhost\r\n");
+    let error = server.post_with("/v1/completions", &a, &hosts).error(400);
+    assert_eq!(error["code"], "several_hosts");
+    let lengths = format!("{json_type}Content-Length: 5\r\n");
+    assert_eq!(
+        server.post_with("/v1/completions", &a, &lengths).status,
+        400
+    );
     let large = json!({"prompt": "x".repeat(200_000)});
     server.post("/v1/completions", &large).error(413);
     let chunked = format!(
@@ -769,6 +795,7 @@ fn what_cannot_be_answered_is_refused_by_status_and_field() {
     );
     assert_eq!(server.get("/v1/models/SmolLM2-135M-Instruct").status, 200);
     let page = server.get("/");
+    assert!(!page.head.contains("unsafe"), "{}", page.head);
     assert!(
         page.head
             .contains("content-security-policy: default-src 'none'"),
@@ -1176,6 +1203,79 @@ fn who_reads_nothing_loses_its_connection_and_nobody_else_anything() {
 }
 
 #[test]
+fn who_takes_all_places_and_reads_nothing_loses_them() {
+    let options = ["--write-s", "1", "--max-sequences", "2", "--max-queue", "2"];
+    let server = Server::start("unread", &options);
+    // Much less than a system would take in of its own accord, and more than this server lets it.
+    let unread = json!({"prompt": "Once upon a time", "max_tokens": 2000, "logprobs": 5, "stream": true,
+        "temperature": 1.0, "logit_bias": {"0": -100, "2": -100}});
+    let request = server.request(
+        "/v1/completions",
+        &unread.to_string(),
+        "Content-Type: application/json\r\n",
+    );
+    let crowd: Vec<TcpStream> = (0..4)
+        .map(|_| {
+            let mut stream = server.connect();
+            stream.write_all(request.as_bytes()).unwrap();
+            stream
+        })
+        .collect();
+    let began = Instant::now();
+    let has_taken = || {
+        let pipeline = server.get("/api/pipeline").json();
+        pipeline["running"].as_u64().unwrap() + pipeline["waiting"].as_u64().unwrap()
+    };
+    while has_taken() < 4 {
+        assert!(began.elapsed() < PATIENCE, "places are free");
+    }
+    let body = json!({"prompt": "The capital of France is", "max_tokens": 2});
+    let answered = loop {
+        let reply = server.post("/v1/completions", &body);
+        if reply.status != 429 {
+            break reply;
+        }
+        assert!(began.elapsed() < PATIENCE, "no place became free");
+        std::thread::sleep(Duration::from_millis(50));
+    };
+    assert_eq!(answered.status, 200, "{}", answered.text());
+    while server.metric("requests_total{outcome=\"cancelled\"}") < 4.0 {
+        assert!(
+            began.elapsed() < PATIENCE,
+            "{}",
+            server.get("/metrics").text()
+        );
+        std::thread::sleep(Duration::from_millis(50));
+    }
+    server.must_be_well();
+    assert_eq!(server.metric("kv_used_tokens"), 0.0);
+    drop(crowd);
+    server.end();
+}
+
+#[test]
+fn who_still_sends_what_is_refused_sees_why() {
+    let server = Server::start_with(
+        "linger",
+        program(),
+        &demo_model(),
+        &["--max-body", "100000"],
+    );
+    let body = " ".repeat(20_000_000);
+    let json_type = "Content-Type: application/json\r\n";
+    let chunked = format!(
+        "POST /v1/completions HTTP/1.1\r\nHost: {}\r\n{json_type}Transfer-Encoding: chunked\r\n\r\n1312D00\r\n{body}\r\n0\r\n\r\n",
+        server.addr
+    );
+    for request in [server.request("/v1/completions", &body, json_type), chunked] {
+        let mut stream = server.connect();
+        stream.write_all(request.as_bytes()).unwrap();
+        Reply::read(stream).error(413);
+    }
+    server.end();
+}
+
+#[test]
 fn it_listens_while_the_ranks_load() {
     let server = Server::start_loading("loading", mpirun(3), &demo_model(), &[]);
     // Loading takes less than a second: whichever it is, health says so.
@@ -1252,6 +1352,11 @@ fn mistakes_on_the_command_line_are_named() {
         (vec!["--format", "jsonl"], "--format does not go with serve"),
         (vec!["--trace", "t.json"], "--trace does not go with serve"),
         (vec!["--addr", "nowhere"], "--addr"),
+        (vec!["--addr", "8080"], "such as 127.0.0.1:8080"),
+        (
+            vec!["--api-key-file", dir.path().to_str().unwrap()],
+            "--api-key-file",
+        ),
         (vec!["--max-body", "1TB"], "256MB"),
         (vec!["--temperature", "-1"], "--temperature"),
         (vec!["--addr", &taken], "choose another --addr"),

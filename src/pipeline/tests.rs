@@ -84,7 +84,7 @@ impl Transport for LocalTransport {
         let last = self.size - 1;
         let is_allowed = match kind {
             Kind::Frame => to == self.rank + 1 && to < self.size,
-            Kind::Question => (self.rank, to) == (0, last),
+            Kind::Question => self.rank == 0 && to > 0,
             Kind::Answer | Kind::Rows => (self.rank, to) == (last, 0),
             Kind::Setup => false,
         };
@@ -471,6 +471,27 @@ proptest! {
                 false => prop_assert_eq!(&list.answers[key], &expected),
             }
         }
+    }
+}
+
+#[test]
+fn every_rank_hears_of_a_prompt_before_the_steps_come_down_to_it() {
+    let mut transports = local_ranks(4, &[]);
+    let stage = Sums {
+        looks_up: true,
+        is_last: false,
+        delay: Duration::ZERO,
+        rows: HashMap::new(),
+    };
+    let mut schedule = Schedule::new(Setup::new(4, 2).limits);
+    let mut list = List::new(&[(vec![1], 1)], 0);
+    let mut leader = Worker::new(transports.remove(0), stage, Rows::Local);
+    // Nobody follows, so the first step is not answered.
+    let unanswered = leader.lead(&mut schedule, &mut list, Duration::from_millis(1));
+    assert!(unanswered.is_err());
+    for mut transport in transports {
+        let told = transport.try_receive(0, Kind::Question).unwrap();
+        assert_eq!(wire::decode(&told.unwrap()).unwrap().0, Frame::Wake);
     }
 }
 

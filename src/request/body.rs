@@ -10,8 +10,9 @@ use std::collections::BTreeMap;
 
 use super::conversation::chat;
 use super::fields::{
-    Fields, found, invalid_json, is_empty_array, missing, shorten, string, wrong_type, wrong_value,
+    Fields, found, is_empty_array, missing, shorten, string, wrong_type, wrong_value,
 };
+use super::json;
 use super::{Endpoint, Prompt, Rejection, RejectionCode, Sampling};
 
 /// How many stop texts a request may name. OpenAI allows 4; templates with several end markers need more.
@@ -60,8 +61,7 @@ impl Body {
         endpoint: Option<Endpoint>,
         defaults: &Sampling,
     ) -> Result<Body, Rejection> {
-        let value = serde_json::from_slice(bytes).map_err(|error| invalid_json(&error, 0))?;
-        match value {
+        match json::parse(bytes, 0)? {
             Value::Object(fields) => Body::from_fields(fields, endpoint, defaults),
             other => Err(Rejection::new(
                 RejectionCode::InvalidType,
@@ -166,12 +166,8 @@ impl Sampling {
         if self.max_tokens == 0 {
             return out_of_range("max_tokens", "1 or more", &self.max_tokens);
         }
-        if !(self.temperature.is_finite() && self.temperature >= 0.0) {
-            return out_of_range(
-                "temperature",
-                "a finite number of 0 or more",
-                &self.temperature,
-            );
+        if !(0.0..=2.0).contains(&self.temperature) {
+            return out_of_range("temperature", "between 0 and 2", &self.temperature);
         }
         if !(self.top_p > 0.0 && self.top_p <= 1.0) {
             return out_of_range("top_p", "above 0 and at most 1", &self.top_p);
@@ -536,8 +532,19 @@ fn top_logprobs(fields: &mut Fields, name: &str) -> Result<Option<u8>, Rejection
 
 /// `n`, and `best_of`, which must be the same: all answers are returned.
 fn choices(fields: &mut Fields, prompts: usize) -> Result<usize, Rejection> {
-    let most = CHOICE_COUNT_MAX / prompts.clamp(1, CHOICE_COUNT_MAX);
-    let choices = fields.integer("n", 1, most as i64)?.unwrap_or(1);
+    let choices = fields
+        .integer("n", 1, CHOICE_COUNT_MAX as i64)?
+        .unwrap_or(1);
+    if choices as usize * prompts > CHOICE_COUNT_MAX {
+        let message = format!(
+            "{prompts} prompts with `n` answers each may be at most {CHOICE_COUNT_MAX} answers together, found `n` {choices}"
+        );
+        return Err(Rejection::of_field(
+            RejectionCode::InvalidValue,
+            "n",
+            message,
+        ));
+    }
     match fields.integer("best_of", 1, i64::MAX)? {
         Some(best_of) if best_of != choices => Err(Rejection::of_field(
             RejectionCode::UnsupportedField,

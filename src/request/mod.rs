@@ -9,6 +9,7 @@
 //! |---|---|
 //! | `mod.rs` | [`Request`], its parts, and [`Rejection`] |
 //! | `body.rs` | [`Body`]: a JSON body of the OpenAI API, field by field |
+//! | `json.rs` | JSON text to a value, with no field twice |
 //! | `reader.rs` | [`RequestReader`]: lines of stdin, one [`Request`] or [`LineError`] each |
 //! | `answer.rs` | [`Answer`] and its JSON shapes |
 //! | `writer.rs` | [`AnswerWriter`]: answers in input order, whatever order they finish in |
@@ -17,6 +18,7 @@ mod answer;
 mod body;
 mod conversation;
 mod fields;
+mod json;
 mod reader;
 #[cfg(test)]
 mod tests;
@@ -156,7 +158,7 @@ pub enum Role {
 pub struct Sampling {
     /// Tokens to generate at most; at least 1.
     pub max_tokens: usize,
-    /// Divides the logits; finite, 0 means greedy.
+    /// Divides the logits; in [0, 2], 0 means greedy.
     pub temperature: f32,
     /// Probability mass of the nucleus, in (0, 1]; 1 keeps all.
     pub top_p: f32,

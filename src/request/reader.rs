@@ -7,7 +7,8 @@ use std::io::{self, BufRead};
 
 use serde_json::{Map, Value};
 
-use super::fields::{Fields, invalid_json, wrong_type, wrong_value};
+use super::fields::{Fields, wrong_type, wrong_value};
+use super::json;
 use super::{Body, Endpoint, Form, Prompt, Rejection, RejectionCode, Request, Sampling};
 
 /// The longest line that is read, in bytes, its line end not counted. A longer one is an error for that line; it is skipped
@@ -259,12 +260,13 @@ fn form_of_fields(fields: &Map<String, Value>) -> Form {
 
 fn read_json(line: &str, defaults: &Sampling) -> Reading {
     let text = line.trim_start();
-    let fields: Map<String, Value> = match serde_json::from_str(text) {
-        Ok(fields) => fields,
-        Err(error) => {
-            let rejection = invalid_json(&error, line.len() - text.len());
+    let fields = match json::parse(text.as_bytes(), line.len() - text.len()) {
+        Ok(Value::Object(fields)) => fields,
+        Ok(other) => {
+            let rejection = wrong_type("line", "a JSON object", &other);
             return (Form::Json(Endpoint::Completion), Err(rejection));
         }
+        Err(rejection) => return (form_of_bytes(line.as_bytes()), Err(rejection)),
     };
     let form = form_of_fields(&fields);
     let is_batch = ["custom_id", "method", "url", "body"]

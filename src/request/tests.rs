@@ -309,6 +309,7 @@ fn a_value_outside_its_range_is_refused_by_the_name_of_its_field() {
         ("max_tokens", "\"5\"", RejectionCode::InvalidType),
         ("max_completion_tokens", "0", RejectionCode::InvalidValue),
         ("temperature", "-0.1", RejectionCode::InvalidValue),
+        ("temperature", "2.1", RejectionCode::InvalidValue),
         ("temperature", "1e300", RejectionCode::InvalidValue),
         ("temperature", "\"hot\"", RejectionCode::InvalidType),
         ("top_p", "0", RejectionCode::InvalidValue),
@@ -360,7 +361,7 @@ fn an_error_says_what_was_expected_and_found() {
     let message = |field: &str| rejection(&with_field(field)).message;
     assert_eq!(
         message(r#""temperature": -1"#),
-        "`temperature` must be a finite number of 0 or more, found -1"
+        "`temperature` must be between 0 and 2, found -1"
     );
     assert_eq!(
         message(r#""top_p": [1]"#),
@@ -380,6 +381,49 @@ fn an_error_says_what_was_expected_and_found() {
     );
     assert!(message(&format!("\"seed\": \"{}\"", "é".repeat(5000))).len() < 200);
     assert!(message(&format!("\"{}\": 1", "é".repeat(5000))).len() < 200);
+}
+
+#[test]
+fn a_field_that_stands_twice_is_named_wherever_it_is() {
+    for (line, field) in [
+        (r#"{"prompt": "a", "seed": 1, "seed": 1}"#, "seed"),
+        (r#"{"prompt": "a", "prompt": "b"}"#, "prompt"),
+        (
+            r#"{"prompt": "a", "logit_bias": {"5": 1, "5": 2}}"#,
+            "logit_bias.5",
+        ),
+        (
+            r#"{"messages": [{"role": "user", "content": "a"}, {"role": "user", "role": "system", "content": "b"}]}"#,
+            "messages[1].role",
+        ),
+        (
+            r#"{"custom_id": "x", "method": "POST", "url": "/v1/completions", "body": {"prompt": "a", "user": 1, "user": 1}}"#,
+            "body.user",
+        ),
+    ] {
+        let rejection = rejection(line);
+        assert_eq!(
+            (rejection.field.as_deref(), rejection.code),
+            (Some(field), RejectionCode::InvalidValue),
+            "{line}"
+        );
+        assert!(rejection.message.contains("twice"), "{}", rejection.message);
+    }
+    let error = read_one(r#"{"custom_id": "x", "custom_id": "y", "body": {"messages": []}}"#);
+    assert!(matches!(error.unwrap_err().form, Form::Batch { .. }));
+}
+
+#[test]
+fn the_limit_of_answers_is_that_of_prompts_and_answers_to_each() {
+    let body = |prompts: usize, n: usize| {
+        let body = json!({"prompt": vec!["a"; prompts], "n": n}).to_string();
+        Body::parse(body.as_bytes(), None, &defaults())
+    };
+    assert_eq!(body(64, 2).unwrap().choices, 2);
+    assert_eq!(
+        body(128, 2).unwrap_err().message,
+        "128 prompts with `n` answers each may be at most 128 answers together, found `n` 2"
+    );
 }
 
 #[test]
@@ -1233,6 +1277,16 @@ fn any_json() -> impl Strategy<Value = Value> {
 
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(4000))]
+
+    #[test]
+    fn json_is_read_as_serde_json_reads_it(value in any_json(), cut in prop::option::of(0usize..400)) {
+        let mut bytes = value.to_string().into_bytes();
+        bytes.truncate(cut.unwrap_or(usize::MAX));
+        match serde_json::from_slice::<Value>(&bytes) {
+            Ok(value) => prop_assert_eq!(json::parse(&bytes, 0), Ok(value)),
+            Err(error) => prop_assert_eq!(json::parse(&bytes, 0), Err(fields::invalid_json(&error, 0))),
+        }
+    }
 
     #[test]
     fn any_body_is_read_within_its_limits_or_refused_briefly(

@@ -12,8 +12,8 @@ use crate::sampler;
 use crate::sequence::{Admitted, Sequence};
 use crate::tokenizer::Tokenizer;
 use axum::extract::Request as HttpRequest;
-use axum::http::header::{CONTENT_LENGTH, CONTENT_TYPE};
-use axum::http::{HeaderMap, StatusCode};
+use axum::http::header::{CONTENT_ENCODING, CONTENT_LENGTH, CONTENT_TYPE};
+use axum::http::{HeaderMap, HeaderValue, StatusCode};
 use axum::response::sse::{Event as SseEvent, KeepAlive, Sse};
 use axum::response::{IntoResponse, Response};
 use futures_util::stream;
@@ -80,18 +80,26 @@ pub async fn answer(
     }
 }
 
-/// Only JSON: a web page can send anything else to another origin without being asked for permission.
+/// Only JSON, and not compressed: a web page can send anything else to another origin without being asked for permission.
 fn check_type(headers: &HeaderMap) -> Result<(), ApiError> {
     let kind = headers
         .get(CONTENT_TYPE)
         .and_then(|kind| kind.to_str().ok());
     let kind = kind.and_then(|kind| kind.split(';').next());
-    match kind {
-        Some(kind) if kind.trim().eq_ignore_ascii_case("application/json") => Ok(()),
-        _ => Err(ApiError::new(
+    if !kind.is_some_and(|kind| kind.trim().eq_ignore_ascii_case("application/json")) {
+        return Err(ApiError::new(
             StatusCode::UNSUPPORTED_MEDIA_TYPE,
             "unsupported_media_type",
             "the body must be JSON and say so: Content-Type: application/json",
+        ));
+    }
+    let is_plain = |encoding: &HeaderValue| encoding.as_bytes().eq_ignore_ascii_case(b"identity");
+    match headers.get_all(CONTENT_ENCODING).iter().all(is_plain) {
+        true => Ok(()),
+        false => Err(ApiError::new(
+            StatusCode::UNSUPPORTED_MEDIA_TYPE,
+            "unsupported_content_encoding",
+            "a body with Content-Encoding is not read; send it as it is, without that header",
         )),
     }
 }

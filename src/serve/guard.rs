@@ -45,7 +45,8 @@ impl Guard {
         let keys = match &options.api_key_file {
             None => Vec::new(),
             Some(path) => {
-                let text = bounded_file::read(path, KEY_FILE_BYTES)?
+                let text = bounded_file::read(path, KEY_FILE_BYTES)
+                    .context("--api-key-file")?
                     .with_context(|| format!("--api-key-file {} does not exist", path.display()))?;
                 let text = String::from_utf8(text)
                     .with_context(|| format!("--api-key-file {} is not UTF-8", path.display()))?;

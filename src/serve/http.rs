@@ -10,7 +10,7 @@ use axum::extract::{Request, State};
 use axum::http::header::{
     ACCESS_CONTROL_ALLOW_HEADERS, ACCESS_CONTROL_ALLOW_METHODS, ACCESS_CONTROL_ALLOW_ORIGIN,
     ACCESS_CONTROL_EXPOSE_HEADERS, ACCESS_CONTROL_MAX_AGE, ALLOW, CACHE_CONTROL, CONNECTION,
-    CONTENT_SECURITY_POLICY, CONTENT_TYPE, HeaderName, HeaderValue, ORIGIN, REFERRER_POLICY,
+    CONTENT_SECURITY_POLICY, CONTENT_TYPE, HOST, HeaderName, HeaderValue, ORIGIN, REFERRER_POLICY,
     RETRY_AFTER, VARY, WWW_AUTHENTICATE, X_CONTENT_TYPE_OPTIONS,
 };
 use axum::http::{Method, StatusCode};
@@ -18,14 +18,24 @@ use axum::middleware::{self, Next};
 use axum::response::{IntoResponse, Response};
 use axum::routing::{any, get, post};
 use axum::{Json, Router};
+use base64::Engine;
+use base64::prelude::BASE64_STANDARD as BASE64;
 use serde_json::json;
-use std::sync::Arc;
+use sha2::{Digest, Sha256};
+use std::sync::{Arc, LazyLock};
 
 /// The page, whole: scripts and styles are inside of it.
 const PAGE: &str = include_str!("page/index.html");
-/// What the page may do: run its own scripts, ask this server, and nothing else.
-const PAGE_POLICY: &str = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; \
-     img-src data:; connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'";
+/// What the page may do: run the script and the style inside of it, ask this server, and nothing else.
+static PAGE_POLICY: LazyLock<HeaderValue> = LazyLock::new(|| {
+    let policy = format!(
+        "default-src 'none'; script-src '{}'; style-src '{}'; img-src data:; connect-src 'self'; base-uri 'none'; \
+         form-action 'none'; frame-ancestors 'none'",
+        hash_of_element(PAGE, "script"),
+        hash_of_element(PAGE, "style")
+    );
+    HeaderValue::try_from(policy).expect("a policy is ASCII")
+});
 /// Seconds after which a client may try again.
 const RETRY_AFTER_S: u64 = 1;
 /// The same while the ranks load.
@@ -154,6 +164,11 @@ impl From<Denial> for ApiError {
                 "invalid_api_key",
                 "this server needs a key that it knows: Authorization: Bearer KEY",
             ),
+            Denial::Host(host) if host.is_empty() => Self::new(
+                StatusCode::FORBIDDEN,
+                "unknown_host",
+                "the request does not say which host it is for; send a Host header with this server's address",
+            ),
             Denial::Host(host) => Self::new(
                 StatusCode::FORBIDDEN,
                 "unknown_host",
@@ -220,6 +235,15 @@ pub fn router(shared: Arc<Shared>) -> Router {
 /// What goes before every route: where the request comes from, and whether it has a key.
 async fn check(State(shared): State<Arc<Shared>>, request: Request, next: Next) -> Response {
     let headers = request.headers();
+    if headers.get_all(HOST).iter().nth(1).is_some() {
+        // Whoever passed the request on may have looked at another one.
+        let error = ApiError::new(
+            StatusCode::BAD_REQUEST,
+            "several_hosts",
+            "the request has more than one Host header",
+        );
+        return error.into_response();
+    }
     let authority = request
         .uri()
         .authority()
@@ -269,11 +293,22 @@ async fn check(State(shared): State<Arc<Shared>>, request: Request, next: Next) 
     response
 }
 
+/// What is between the tags of the only element of this name, as a Content-Security-Policy names it.
+fn hash_of_element(page: &str, name: &str) -> String {
+    let rest = page.split_once(&format!("<{name}>")).map(|(_, rest)| rest);
+    let text = rest.and_then(|rest| rest.split_once(&format!("</{name}>")));
+    let (text, _) = text.expect("the page has a script and a style");
+    format!("sha256-{}", BASE64.encode(Sha256::digest(text)))
+}
+
 async fn page() -> Response {
-    let headers: [(HeaderName, &str); 3] = [
-        (CONTENT_TYPE, "text/html; charset=utf-8"),
-        (CONTENT_SECURITY_POLICY, PAGE_POLICY),
-        (CACHE_CONTROL, "no-cache"),
+    let headers: [(HeaderName, HeaderValue); 3] = [
+        (
+            CONTENT_TYPE,
+            HeaderValue::from_static("text/html; charset=utf-8"),
+        ),
+        (CONTENT_SECURITY_POLICY, PAGE_POLICY.clone()),
+        (CACHE_CONTROL, HeaderValue::from_static("no-cache")),
     ];
     (headers, PAGE).into_response()
 }

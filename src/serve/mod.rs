@@ -125,15 +125,6 @@ impl Server {
     /// An address that cannot be listened on, or a key file that cannot be read or has no key.
     pub fn start(options: &ServerOptions, now_s: u64) -> Result<Self> {
         let guard = Guard::new(options)?;
-        let listener = std::net::TcpListener::bind(options.addr)
-            .with_context(|| format!("listening on {}; choose another --addr", options.addr))?;
-        listener.set_nonblocking(true)?;
-        let addr = listener.local_addr()?;
-        if !addr.ip().is_loopback() && !guard.has_keys() {
-            tell(&format!(
-                "mlx-pipe: warning: {addr} can be reached from other machines and needs no key; give --api-key-file\n"
-            ));
-        }
         let runtime = Builder::new_multi_thread()
             .worker_threads(WORKER_THREADS)
             .max_blocking_threads(TOKENIZING_THREADS)
@@ -141,6 +132,18 @@ impl Server {
             .enable_all()
             .build()
             .context("starting the threads of the server")?;
+        let listener = {
+            let _in_runtime = runtime.enter();
+            connections::listen(options.addr)
+        };
+        let listener = listener
+            .with_context(|| format!("listening on {}; choose another --addr", options.addr))?;
+        let addr = listener.local_addr()?;
+        if !addr.ip().is_loopback() && !guard.has_keys() {
+            tell(&format!(
+                "mlx-pipe: warning: {addr} can be reached from other machines and needs no key; give --api-key-file\n"
+            ));
+        }
         let shared = Arc::new(Shared {
             options: options.clone(),
             addr,
@@ -155,10 +158,6 @@ impl Server {
             started: Instant::now(),
             started_s: now_s,
         });
-        let listener = {
-            let _in_runtime = runtime.enter();
-            tokio::net::TcpListener::from_std(listener)?
-        };
         runtime.spawn(connections::accept(listener, Arc::clone(&shared)));
         runtime.spawn(life::watch_signals(Arc::clone(&shared)));
         tell(&format!("mlx-pipe: listening on http://{addr}, loading\n"));

@@ -7,12 +7,14 @@
 //! |---|---|
 //! | `mod.rs` | [`Tokenizer`]: `tokenizer.json` with the settings beside it |
 //! | `chat.rs` | the chat template, in the dialect that Hugging Face tokenizers render |
+//! | `literal.rs` | what people write in a conversation stays text, also where it looks like a control token |
 //! | `stream.rs` | [`TextStream`]: ids to text, one token at a time |
 //! | `stop.rs` | [`StopMatcher`]: stop texts, across the borders of tokens |
 //! | `files.rs` | [`TokenizerFiles`]: the files, told to another rank |
 
 mod chat;
 mod files;
+mod literal;
 mod stop;
 mod stream;
 #[cfg(test)]
@@ -24,6 +26,7 @@ use std::path::{Path, PathBuf};
 use serde::Deserialize;
 use serde_json::Value;
 use tokenizers::DecoderWrapper;
+use tracing::info;
 
 use self::chat::ChatTemplate;
 use crate::bounded_file::{self, FileError};
@@ -45,6 +48,8 @@ pub struct Tokenizer {
     named_tokens: BTreeMap<String, String>,
     /// Ids that are not part of any text.
     special_ids: HashSet<u32>,
+    /// Their texts, where they can be cut in two.
+    special_texts: Vec<String>,
     chat_template: Option<ChatTemplate>,
     alphabet: Alphabet,
     /// Longer texts are not tokenised, for they cannot fit into a context of so many tokens.
@@ -129,15 +134,37 @@ pub enum TokenizerError {
     EmptyPrompt,
 }
 
+impl TokenizerError {
+    /// The same for whoever sent the prompt, who may be on another machine: no business of theirs where files are.
+    fn without_paths(&self) -> String {
+        match self {
+            Self::NoChatTemplate { .. } => {
+                "the model has no chat template; use --raw to continue plain prompts as they are, or send `prompt` \
+                 instead of `messages`"
+                    .into()
+            }
+            Self::ChatTemplate { what, .. } => {
+                format!("the model's chat template failed: {what}; --raw, or `prompt` instead of `messages`, does without it")
+            }
+            Self::Missing { .. } | Self::File(_) | Self::Invalid { .. } => {
+                "the model's tokenizer cannot be read".into()
+            }
+            other => other.to_string(),
+        }
+    }
+}
+
+/// The whole error is in the log.
 impl From<TokenizerError> for Rejection {
     fn from(error: TokenizerError) -> Rejection {
+        info!("a prompt was refused: {error}");
         match error {
             TokenizerError::TooLong { .. } => Rejection::of_field(
                 RejectionCode::ContextLengthExceeded,
                 "prompt",
                 error.to_string(),
             ),
-            _ => Rejection::new(RejectionCode::PromptNotTokenizable, error.to_string()),
+            other => Rejection::new(RejectionCode::PromptNotTokenizable, other.without_paths()),
         }
     }
 }
@@ -171,6 +198,11 @@ impl Tokenizer {
                 .iter()
                 .filter(|(_, token)| token.special)
                 .map(|(id, _)| *id)
+                .collect(),
+            special_texts: added
+                .values()
+                .filter(|token| token.special && token.content.chars().nth(1).is_some())
+                .map(|token| token.content.clone())
                 .collect(),
             chat_template: ChatTemplate::find(directory, &config, &named_tokens, now_s)?,
             alphabet: Alphabet::of(inner.get_decoder()),
@@ -236,13 +268,24 @@ impl Tokenizer {
 
     /// The ids of a conversation, written by the chat template up to where the assistant's answer starts.
     ///
-    /// The template writes every special token itself; none is added.
+    /// The template writes every special token itself; none is added. What looks like one in the conversation stays text.
     ///
     /// # Errors
     ///
     /// [`TokenizerError::NoChatTemplate`], [`TokenizerError::ChatTemplate`] or [`TokenizerError::Encode`].
     pub fn encode_chat(&self, chat: &Chat) -> Result<Vec<u32>, TokenizerError> {
-        self.ids(&self.render_chat(chat)?, false)
+        let marked = literal::mark(chat, &self.special_texts);
+        let marked = marked.map_err(|what| TokenizerError::Encode { what: what.into() })?;
+        let Some(marked) = marked else {
+            return self.ids(&self.render_chat(chat)?, false);
+        };
+        let text = self.render_chat(&marked.chat)?;
+        self.check_length(text.split(marked.mark).map(str::len).sum())?;
+        let mut ids = Vec::new();
+        for part in text.split(marked.mark) {
+            ids.extend(self.ids(part, false)?);
+        }
+        Ok(ids)
     }
 
     /// The text that the chat template makes of a conversation.
@@ -299,14 +342,19 @@ impl Tokenizer {
             .and_then(|token| self.inner.token_to_id(token))
     }
 
-    fn ids(&self, text: &str, add_special_tokens: bool) -> Result<Vec<u32>, TokenizerError> {
-        if text.len() > self.most_text_bytes {
-            return Err(TokenizerError::TooLong {
-                bytes: text.len(),
+    fn check_length(&self, bytes: usize) -> Result<(), TokenizerError> {
+        match bytes > self.most_text_bytes {
+            false => Ok(()),
+            true => Err(TokenizerError::TooLong {
+                bytes,
                 most_bytes: self.most_text_bytes,
                 context_tokens: self.context_tokens,
-            });
+            }),
         }
+    }
+
+    fn ids(&self, text: &str, add_special_tokens: bool) -> Result<Vec<u32>, TokenizerError> {
+        self.check_length(text.len())?;
         let encoding = self.inner.encode_fast(text, add_special_tokens);
         let encoding = encoding.map_err(|error| TokenizerError::Encode {
             what: error.to_string(),

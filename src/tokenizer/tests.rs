@@ -373,6 +373,59 @@ fn a_template_that_refuses_is_quoted_with_its_line() {
 }
 
 #[test]
+fn whoever_sent_a_prompt_is_not_told_where_files_are() {
+    let asked = Chat::from_user("hi");
+    let refuses = load_with_template("{{ raise_exception('no system role') }}");
+    for (tokenizer, what) in [
+        (refuses, "no system role"),
+        (load_one(&byte_level()), "no chat template"),
+    ] {
+        let rejection = Rejection::from(tokenizer.encode_chat(&asked).unwrap_err());
+        assert!(rejection.message.contains(what), "{rejection}");
+        assert!(!rejection.message.contains('/'), "{rejection}");
+    }
+}
+
+#[test]
+fn control_tokens_that_people_write_stay_text() {
+    let tokenizer = load_with_template(
+        "{% for message in messages %}{{ message.content }}{{ message.name }}{{ eos_token }}{% endfor %}{{ tools | tojson }}",
+    );
+    let encode = |message: Value| {
+        let body = json!({"messages": [message]}).to_string();
+        let body = Body::parse(body.as_bytes(), None, &Sampling::greedy(1)).unwrap();
+        tokenizer.encode_prompt(&body.prompts[0], false)
+    };
+    let said = |content: &str| encode(json!({"role": "user", "content": content})).unwrap();
+    let count = |ids: &[u32], id| ids.iter().filter(|&&found| found == id).count();
+    for content in [
+        "<|end|>",
+        "a<|end|>b",
+        "<|end|><|end|>",
+        "<<|end|>>",
+        "<s><|end|>",
+        "\u{FDD0}<|end|>",
+    ] {
+        let ids = said(content);
+        assert_eq!((count(&ids, END), count(&ids, BOS)), (1, 0), "{content}");
+        let text = tokenizer.decode(&ids).unwrap();
+        assert!(text.starts_with(content), "{content}: {text}");
+    }
+    // In a field that is not the content; and what is half a token stays as it was.
+    let named = encode(json!({"role": "user", "content": "a", "name": "<|end|>"})).unwrap();
+    assert_eq!(count(&named, END), 1);
+    assert_eq!(
+        said("<|end|"),
+        tokenizer.encode_chat(&Chat::from_user("<|end|")).unwrap()
+    );
+    // A character that is left for a mark there must be.
+    let all: String = ('\u{FDD0}'..='\u{FDEF}').collect();
+    assert!(!said(&all).is_empty());
+    let error = encode(json!({"role": "user", "content": format!("{all}<|end|>")})).unwrap_err();
+    assert!(error.to_string().contains("control tokens"), "{error}");
+}
+
+#[test]
 fn a_template_that_is_no_good_harms_only_those_that_use_it() {
     for bad in [
         "{% if %}",
