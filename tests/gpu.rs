@@ -131,6 +131,23 @@ fn a_sequence_has_the_same_bits_in_chunks_in_company_in_stages_and_token_by_toke
     }
 }
 
+/// More pages than there are multiprocessors for the heads of one, and more parts than are merged at a time.
+#[test]
+#[ignore = "needs an NVIDIA GPU"]
+fn a_long_sequence_has_the_same_bits_token_by_token() {
+    let gpu = gpu();
+    for (name, dir, layers) in checkpoints() {
+        let tokens = prompt(4, 2700);
+        let mut one = whole(&dir, &gpu, layers, WireDtype::Bf16);
+        for length in [1024, 1025, 1100, 2048, 2700] {
+            let whole = one.run(0, 0, &tokens[..length]);
+            one.run(0, 0, &tokens[..length - 1]);
+            let alone = one.run(0, length - 1, &tokens[length - 1..length]);
+            assert!(alone == whole, "{name}: token {length}");
+        }
+    }
+}
+
 #[test]
 #[ignore = "needs an NVIDIA GPU"]
 fn a_fork_goes_on_as_if_it_were_alone_and_so_does_what_it_began_as() {
