@@ -129,6 +129,13 @@ pub struct Ran {
 }
 
 impl Ran {
+    /// Open MPI 4.1's launcher forwards standard input to ranks that may have ended, and now and then reads what it has
+    /// freed. Its message names the function; a crash of a rank's does not.
+    fn is_crash_of_launcher(&self) -> bool {
+        self.status == 128 + libc::SIGSEGV
+            && self.stderr.contains("orte_iof_hnp_read_local_handler")
+    }
+
     /// Standard output as one JSON value a line.
     pub fn json_lines(&self) -> Vec<Value> {
         let lines = self.stdout.lines();
@@ -234,9 +241,16 @@ pub fn one_rank_in_each(dirs: &[impl AsRef<Path>], arguments: &[&str]) -> Comman
     command
 }
 
-/// Runs a command with this standard input, for [`LIMIT`] at most.
+/// Runs a command with this standard input, for [`LIMIT`] at most; again where Open MPI's launcher crashed by itself.
 pub fn run(command: &mut Command, stdin: &[u8]) -> Ran {
-    finish(start(command, stdin))
+    let ran = finish(start(command, stdin));
+    match ran.is_crash_of_launcher() {
+        true => {
+            eprintln!("the launcher crashed, once more:\n{}", ran.stderr);
+            finish(start(command, stdin))
+        }
+        false => ran,
+    }
 }
 
 /// What a stream has brought so far, collected by a thread.
