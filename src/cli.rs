@@ -597,7 +597,6 @@ fn parse_bytes(text: &str) -> Result<u64, String> {
 /// Largest `--max-body`.
 const LARGEST_BODY_BYTES: u64 = 256_000_000;
 
-/// As [`parse_bytes`], up to 256 MB.
 fn parse_addr(text: &str) -> Result<SocketAddr, String> {
     let expected = || {
         format!(
@@ -607,6 +606,7 @@ fn parse_addr(text: &str) -> Result<SocketAddr, String> {
     text.parse().map_err(|_| expected())
 }
 
+/// As [`parse_bytes`], up to 256 MB.
 fn parse_body_bytes(text: &str) -> Result<u64, String> {
     match parse_bytes(text)? {
         bytes @ ..=LARGEST_BODY_BYTES => Ok(bytes),

@@ -1,7 +1,7 @@
 //! Waiting that burns no core. MPI's blocking calls spin at full load; on a machine that shares its
 //! cores, or its power, between ranks this slows the ones that compute. So nothing here blocks inside
-//! MPI: a condition is polled, at first at once, then after yielding, then after pauses that are a small part of
-//! the time waited so far, so that what is noticed late is late by little.
+//! MPI: a condition is polled, at first at once, then after yielding (for longer where cores are many), then after pauses
+//! that are a small part of the time waited so far, so that what is noticed late is late by little.
 
 use crate::log::tell;
 use anyhow::{Result, bail};

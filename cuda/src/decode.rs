@@ -13,6 +13,10 @@ use anyhow::{Context, Result, ensure};
 /// Bytes of the counters by which thread blocks wait for one another.
 pub const PROGRESS_BYTES: usize = 3 * 4;
 
+/// Words of `Decode` of the kernels before its layers, and of a layer.
+const HEADER_WORDS: usize = 16;
+const LAYER_WORDS: usize = 18;
+
 /// One layer's operands.
 #[derive(Debug, Clone, Copy)]
 pub struct LayerOperands<'a> {
@@ -66,16 +70,13 @@ impl Kernels {
         let heads = self.heads;
         let first = layers.first().context("a step without layers")?;
         let sizes = first.weights.map(|weight| (weight.outputs, weight.inputs));
-        let [(qkv, hidden), (o, queries), (gate_up, _), (_, mlp)] = sizes;
+        let [(qkv, hidden), (_, queries), _, (_, mlp)] = sizes;
         ensure!(
             layers.len() <= made_for.layers
                 && sizes.iter().all(|&(_, inputs)| inputs <= made_for.widest)
                 && qkv == heads.qkv_width()
                 && queries == heads.queries * heads.dim
-                && o == hidden
-                && sizes[2] == (2 * mlp, hidden)
-                && sizes[3] == (hidden, mlp)
-                && gate_up == 2 * mlp,
+                && sizes[1..] == [(hidden, queries), (2 * mlp, hidden), (hidden, mlp)],
             "the kernel for all layers is not made for {sizes:?}"
         );
         let pool = heads.kv * heads.dim * PAGE_TOKENS * ELEMENT_BYTES;
@@ -167,10 +168,6 @@ impl Kernels {
         unsafe { kernel.launch(&self.gpu, grid, &[&Words(words)]) }
     }
 }
-
-/// Words of `Decode` of the kernels before its layers, and of a layer.
-const HEADER_WORDS: usize = 16;
-const LAYER_WORDS: usize = 18;
 
 /// Bytes of partial results of a step of one token that sees so many [`crate::parts`].
 pub fn decode_partial_bytes(heads: Heads, parts: usize) -> usize {

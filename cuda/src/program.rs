@@ -14,12 +14,15 @@ use std::sync::Arc;
 use std::time::Instant;
 use tracing::{info, warn};
 
-const SOURCES: [&str; 5] = [
+const SOURCES: [&str; 8] = [
     include_str!("sources/common.cuh"),
     include_str!("sources/rows.cuh"),
     include_str!("sources/linear.cuh"),
     include_str!("sources/attend.cuh"),
-    include_str!("sources/decode.cuh"),
+    include_str!("sources/decode/step.cuh"),
+    include_str!("sources/decode/weights.cuh"),
+    include_str!("sources/decode/attend.cuh"),
+    include_str!("sources/decode/layers.cuh"),
 ];
 
 /// Tokens of a page of keys and values.

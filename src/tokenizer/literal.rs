@@ -76,14 +76,13 @@ fn has_text(chat: &Chat, is_such: impl Fn(&str) -> bool) -> bool {
 
 /// The conversation with all that people wrote in it changed, names of fields too.
 fn texts_mapped(chat: &Chat, change: &mut impl FnMut(&str) -> String) -> Chat {
-    let messages = chat.messages.iter().map(|message| Message {
-        role: message.role,
-        content: message.content.as_deref().map(&mut *change),
-        more: Map::new(),
-    });
-    let mut messages: Vec<Message> = messages.collect();
-    for (message, given) in messages.iter_mut().zip(&chat.messages) {
-        message.more = object_mapped(&given.more, change);
+    let mut messages = Vec::new();
+    for message in &chat.messages {
+        messages.push(Message {
+            role: message.role,
+            content: message.content.as_deref().map(&mut *change),
+            more: object_mapped(&message.more, change),
+        });
     }
     let mut tools = Vec::new();
     for tool in &chat.tools {
