@@ -1,4 +1,5 @@
-//! How long the kernels take, each by itself, and the share of the memory bandwidth that the linear layers reach.
+//! How long the kernels take, each by itself, in a layer, and as one kernel of all layers; and the share of the memory
+//! bandwidth that the linear layers reach.
 //!
 //!     kernel_rate [SHAPE] [BITS]      shapes: 1.7b (default), 8b; bits: 8 (default), 4, 16
 //!

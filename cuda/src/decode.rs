@@ -1,17 +1,96 @@
 //! A step of one token through all layers as one kernel.
 
-use crate::device::Buffer;
+use crate::device::{Buffer, Gpu};
 use crate::kernels::Kernels;
 use crate::launch::{Words, address};
 use crate::operands::{
     AttendWork, ELEMENT_BYTES, PART_PAGES, Pools, Rotation, TILE, Tiles, Weight, arrived_bytes,
     partial_bytes,
 };
-use crate::program::{Heads, PAGE_TOKENS};
+use crate::program::{Format, Heads, PAGE_TOKENS};
 use anyhow::{Context, Result, ensure};
 
 /// Bytes of the counters by which thread blocks wait for one another.
 pub const PROGRESS_BYTES: usize = 3 * 4;
+
+/// What a kernel of all layers is made for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Decode {
+    /// Of all weights of all layers.
+    pub format: Format,
+    /// Layers that there are.
+    pub layers: usize,
+    /// Columns of the widest weight.
+    pub widest: usize,
+}
+
+/// What decides which kernels a GPU has.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Target {
+    pub(crate) capability: (i32, i32),
+    /// Of a thread block.
+    pub(crate) shared_bytes: usize,
+    pub(crate) multiprocessors: usize,
+}
+
+impl Target {
+    pub(crate) fn of(gpu: &Gpu) -> Self {
+        Self {
+            capability: gpu.capability(),
+            shared_bytes: gpu.shared_bytes(),
+            multiprocessors: gpu.multiprocessors(),
+        }
+    }
+}
+
+/// Lowest compute capability of the kernel of all layers: copies by the GPU's own engine.
+pub(crate) const LEAST_CAPABILITY: (i32, i32) = (9, 0);
+/// Warps of a thread block (`WARPS` of the kernels), and tiles whose sums it has at a time (`ROUND`).
+const WARPS: usize = 16;
+const ROUND: usize = 12;
+/// Most layers whose addresses a kernel's arguments have room for.
+const MOST_LAYERS: usize = 200;
+/// Chunks of weights that each warp is to have asked for, at least and at most.
+const STAGES: std::ops::RangeInclusive<usize> = 3..=16;
+
+impl Decode {
+    /// Bytes of a chunk of weights (`Chunks::BYTES` of the kernels).
+    fn chunk_bytes(self) -> usize {
+        let scales = if self.format == Format::PLAIN { 0 } else { 64 };
+        let blocks = if self.format == Format::PLAIN { 1 } else { 2 };
+        blocks * (16 * self.format.block() * self.format.bits / 8 + scales)
+    }
+
+    /// Bytes of a row of activations, a block more, and the sums of its blocks.
+    fn row_bytes(self) -> usize {
+        let block = self.format.block();
+        (self.widest + block) * 2 + (self.widest / block + 2) * 4
+    }
+
+    /// Chunks that each warp has room for beside a row of activations, of so much shared memory; `None` if
+    /// they are too few.
+    pub(crate) fn stages(self, heads: Heads, target: Target) -> Option<usize> {
+        if target.capability < LEAST_CAPABILITY || target.multiprocessors < heads.kv {
+            return None;
+        }
+        // Sums, products of a page, parts that are merged, queries, a key and a value, barriers, and a few numbers.
+        let of_heads = (heads.group() + 2) * heads.dim * 2;
+        let barriers = WARPS * STAGES.end() * 8;
+        let declared =
+            ROUND * WARPS * 16 * 4 + 8 * 32 * 16 + WARPS * 32 * 16 + of_heads + barriers + 256;
+        let left = target
+            .shared_bytes
+            .checked_sub(declared + self.row_bytes())?;
+        let stages = (left / (WARPS * self.chunk_bytes())).min(*STAGES.end());
+        (stages >= *STAGES.start() && self.layers <= MOST_LAYERS).then_some(stages)
+    }
+
+    /// Shared memory of a thread block beside what its kernel declares; `None` if there is no kernel.
+    pub(crate) fn shared_bytes(self, heads: Heads, gpu: &Gpu) -> Option<usize> {
+        let stages = self.stages(heads, Target::of(gpu))?;
+        Some(stages * WARPS * self.chunk_bytes() + self.row_bytes())
+    }
+}
 
 /// Words of `Decode` of the kernels before its layers, and of a layer.
 const HEADER_WORDS: usize = 16;

@@ -1,12 +1,13 @@
 //! What a stage asks for, as launches of kernels: sizes are checked here, so that no kernel leaves its buffers.
 
+use crate::decode::Decode;
 use crate::device::{Buffer, Gpu};
 use crate::launch::{Kernel, Parameter, address};
 use crate::operands::{
     AttendWork, BEST_PARTS, Best, ELEMENT_BYTES, Epilogue, Input, Normed, Numbers, Pools, Rotation,
     TILE, Tiles, Weight, arrived_bytes, best_bytes, partial_bytes,
 };
-use crate::program::{Decode, FEW, Format, Heads, Model, Program};
+use crate::program::{FEW, Format, Heads, Model, Program};
 use anyhow::{Context, Result, ensure};
 use std::collections::BTreeMap;
 use std::path::Path;

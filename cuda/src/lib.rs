@@ -20,7 +20,7 @@ mod library;
 mod operands;
 mod program;
 
-pub use decode::{DecodeWork, LayerOperands, PROGRESS_BYTES, decode_partial_bytes};
+pub use decode::{Decode, DecodeWork, LayerOperands, PROGRESS_BYTES, decode_partial_bytes};
 pub use device::{Buffer, Gpu, Pinned, Recording, count};
 pub use kernels::Kernels;
 pub use layout::{arrange_codes, arrange_scales};
@@ -29,4 +29,4 @@ pub use operands::{
     AttendWork, Best, ELEMENT_BYTES, Epilogue, Input, Normed, Numbers, Pools, Rotation, TILE,
     Tiles, Weight, arrived_bytes, best_bytes, partial_bytes, parts,
 };
-pub use program::{Decode, Element, Format, Heads, Model, PAGE_TOKENS, compiler};
+pub use program::{Element, Format, Heads, Model, PAGE_TOKENS, compiler};

@@ -1,6 +1,7 @@
 //! The kernels as one program for one model on one kind of GPU: put together from `sources/`, compiled when they are
 //! first needed, and kept on disk for the next time.
 
+use crate::decode::{Decode, Target};
 use crate::device::Gpu;
 use crate::library;
 use anyhow::{Context, Result, anyhow, bail};
@@ -138,80 +139,6 @@ pub struct Model {
     pub heads: Heads,
     /// The layers, if there is to be a kernel for steps of one token.
     pub decode: Option<Decode>,
-}
-
-/// What a kernel of all layers is made for.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Decode {
-    /// Of all weights of all layers.
-    pub format: Format,
-    /// Layers that there are.
-    pub layers: usize,
-    /// Columns of the widest weight.
-    pub widest: usize,
-}
-
-/// What decides which kernels a GPU has.
-#[derive(Debug, Clone, Copy)]
-struct Target {
-    capability: (i32, i32),
-    /// Of a thread block.
-    shared_bytes: usize,
-    multiprocessors: usize,
-}
-
-impl Target {
-    fn of(gpu: &Gpu) -> Self {
-        Self {
-            capability: gpu.capability(),
-            shared_bytes: gpu.shared_bytes(),
-            multiprocessors: gpu.multiprocessors(),
-        }
-    }
-}
-
-/// Lowest compute capability of the kernel of all layers: copies by the GPU's own engine.
-const LEAST_DECODE_CAPABILITY: (i32, i32) = (9, 0);
-/// Most layers whose addresses a kernel's arguments have room for.
-const MOST_LAYERS: usize = 200;
-/// Chunks of weights that each warp is to have asked for, at least and at most.
-const STAGES: std::ops::RangeInclusive<usize> = 3..=16;
-
-impl Decode {
-    /// Bytes of a chunk of weights (`Chunks::BYTES` of the kernels).
-    fn chunk_bytes(self) -> usize {
-        let scales = if self.format == Format::PLAIN { 0 } else { 64 };
-        let blocks = if self.format == Format::PLAIN { 1 } else { 2 };
-        blocks * (16 * self.format.block() * self.format.bits / 8 + scales)
-    }
-
-    /// Bytes of a row of activations, a block more, and the sums of its blocks.
-    fn row_bytes(self) -> usize {
-        let block = self.format.block();
-        (self.widest + block) * 2 + (self.widest / block + 2) * 4
-    }
-
-    /// Chunks that each of sixteen warps has room for beside a row of activations, of so much shared memory; `None` if
-    /// they are too few.
-    fn stages(self, heads: Heads, target: Target) -> Option<usize> {
-        if target.capability < LEAST_DECODE_CAPABILITY || target.multiprocessors < heads.kv {
-            return None;
-        }
-        // Sums, products of a page, parts that are merged, queries, a key and a value, barriers, and a few numbers.
-        let of_heads = (heads.group() + 2) * heads.dim * 2;
-        let declared = 12 * 16 * 16 * 4 + 8 * 32 * 16 + 512 * 16 + of_heads + 16 * 16 * 8 + 256;
-        let left = target
-            .shared_bytes
-            .checked_sub(declared + self.row_bytes())?;
-        let stages = (left / (16 * self.chunk_bytes())).min(*STAGES.end());
-        (stages >= *STAGES.start() && self.layers <= MOST_LAYERS).then_some(stages)
-    }
-
-    /// Shared memory of a thread block beside what its kernel declares; `None` if there is no kernel.
-    pub(crate) fn shared_bytes(self, heads: Heads, gpu: &Gpu) -> Option<usize> {
-        let stages = self.stages(heads, Target::of(gpu))?;
-        Some(stages * 16 * self.chunk_bytes() + self.row_bytes())
-    }
 }
 
 /// Rows of `x` for which there is a kernel of few rows, in eights.
@@ -459,6 +386,7 @@ pub fn compiler() -> Result<String> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::decode::LEAST_CAPABILITY;
 
     /// Needs the compiler (`scripts/setup --cuda`), no GPU.
     #[test]
@@ -526,7 +454,7 @@ mod tests {
                 widest: 4096,
             };
             let has_decode = decode.stages(heads, target).is_some();
-            assert_eq!(has_decode, capability >= LEAST_DECODE_CAPABILITY);
+            assert_eq!(has_decode, capability >= LEAST_CAPABILITY);
             let model = Model {
                 element,
                 formats: all.clone(),
