@@ -162,7 +162,6 @@ impl<'a> Bench<'a> {
         let whole_ns = self.layers_ns(one, STEPS_BUDGET)?;
         let (layer_ns, step_ns) = self.split(one, whole_ns)?;
         let layer_count = self.layer_count as u64;
-        let per_layer = |whole_ns: u64| whole_ns.saturating_sub(step_ns) / layer_count;
 
         let mut layer = vec![StepCost {
             tokens: 1,
@@ -180,7 +179,7 @@ impl<'a> Bench<'a> {
             tokens_before = tokens as u64;
             layer.push(StepCost {
                 tokens: tokens_before,
-                ns: per_layer(before_ns),
+                ns: layer_ns_of(before_ns, step_ns, layer_count),
             });
         }
         let later = Probe {
@@ -232,7 +231,7 @@ impl<'a> Bench<'a> {
             true => beside_ns,
             false => empty_ns,
         };
-        Ok((whole_ns.saturating_sub(step_ns) / whole, step_ns))
+        Ok((layer_ns_of(whole_ns, step_ns, whole), step_ns))
     }
 
     /// Norm, head and sampling of one row: a line through two parts of the head.
@@ -349,6 +348,12 @@ impl Probe {
             ..Step::default()
         }
     }
+}
+
+/// Nanoseconds of one of `layers` layers in a step of `whole_ns` that takes `step_ns` without them. At least one:
+/// on a busy host, a step without layers may seem to take as long as one with a few tiny ones.
+fn layer_ns_of(whole_ns: u64, step_ns: u64, layers: u64) -> u64 {
+    (whole_ns.saturating_sub(step_ns) / layers).max(1)
 }
 
 fn median(mut values: Vec<u64>) -> u64 {
@@ -494,4 +499,22 @@ fn receive(transport: &mut impl Transport, from: usize) -> Result<Vec<u8>> {
         bail!("rank {from} sent {} bytes as a probe", bytes.len());
     }
     Ok(bytes)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::layer_ns_of;
+
+    #[test]
+    fn no_layer_takes_no_time_whatever_noise_was_measured() {
+        for (whole_ns, step_ns, layers, expected) in [
+            (10_000, 1_000, 3, 3_000),
+            (10_000, 10_000, 3, 1),
+            (10_000, 12_000, 1, 1),
+            (2, 1, 4, 1),
+        ] {
+            let found = layer_ns_of(whole_ns, step_ns, layers);
+            assert_eq!(found, expected, "{whole_ns} {step_ns} {layers}");
+        }
+    }
 }
