@@ -5,7 +5,7 @@
 //! plain floats column by column `y = fma(x, w, y)`. The order is the same for one token and for many, so a token's
 //! result does not depend on its neighbours, nor on threads, for a block is one thread's.
 
-use crate::ahead::is_asked;
+use crate::ahead::{Ask, asking};
 use crate::arch::{LANES, QUAD_BYTES, Simd, VECTOR_BYTES};
 use crate::linear::{Linear, Weight};
 use crate::plain::Plain;
@@ -17,8 +17,10 @@ use std::mem::MaybeUninit;
 /// Quads of four columns in the largest group.
 const MOST_QUADS: usize = 128 / 4;
 
-/// How far ahead weights are asked for by a single tile: processors look less far ahead than memory takes.
-const AHEAD_BYTES: usize = 4096;
+/// How far ahead a single tile asks for weights, into the first cache or the second: a little further than memory
+/// takes, or far enough that the second one always has lines to wait for.
+const NEAR_BYTES: usize = 4 << 10;
+const FAR_BYTES: usize = 32 << 10;
 
 /// Block `block` of a weight times `count` rows from `first` on: `sums` is `[count, 16]`.
 ///
@@ -75,9 +77,28 @@ unsafe fn load_floats<S: Simd>(from: *const u8, float_type: FloatType) -> S::F {
 /// Lines of each group that are asked for so many bytes ahead.
 #[derive(Clone, Copy)]
 struct Ahead {
+    ask: Ask,
     bytes: usize,
     first_line: usize,
     end_line: usize,
+}
+
+impl Ahead {
+    /// Asks for what lies ahead of a group.
+    #[inline(always)]
+    fn ask_from<S: Simd>(self, group: *const u8) {
+        for line in self.first_line..self.end_line {
+            let line = group.wrapping_add(self.bytes + line * VECTOR_BYTES);
+            // SAFETY: any address will do, and who holds this computes with `S`.
+            unsafe {
+                match self.ask {
+                    Ask::Never => return,
+                    Ask::Near => S::prefetch_near(line),
+                    Ask::Far => S::prefetch_far(line),
+                }
+            }
+        }
+    }
 }
 
 #[derive(Clone, Copy)]
@@ -126,14 +147,15 @@ impl QuantizedBlock<'_> {
             let ahead = self.ahead::<S>(token);
             // SAFETY: as many tokens are left.
             unsafe {
-                token += if S::TILE >= 8 && left >= 8 {
-                    self.tile::<S, BITS, 8>(token, ahead)
-                } else if S::TILE >= 4 && left >= 4 {
-                    self.tile::<S, BITS, 4>(token, ahead)
-                } else if left >= 2 {
-                    self.tile::<S, BITS, 2>(token, ahead)
-                } else {
-                    self.tile::<S, BITS, 1>(token, ahead)
+                token += match S::TILE.min(left) {
+                    8.. if S::TILE >= 8 => self.tile::<S, BITS, 8>(token, ahead),
+                    7 if S::TILE >= 8 => self.tile::<S, BITS, 7>(token, ahead),
+                    6 if S::TILE >= 8 => self.tile::<S, BITS, 6>(token, ahead),
+                    5 if S::TILE >= 8 => self.tile::<S, BITS, 5>(token, ahead),
+                    4.. if S::TILE >= 4 => self.tile::<S, BITS, 4>(token, ahead),
+                    3 if S::TILE >= 4 => self.tile::<S, BITS, 3>(token, ahead),
+                    2.. => self.tile::<S, BITS, 2>(token, ahead),
+                    _ => self.tile::<S, BITS, 1>(token, ahead),
                 };
             }
         }
@@ -146,18 +168,18 @@ impl QuantizedBlock<'_> {
         let shape = self.weight.shape();
         let lines = shape.group_bytes() / VECTOR_BYTES;
         let (tile, tiles) = (token / S::TILE, self.count.div_ceil(S::TILE));
-        let is_asked = tiles > 1 || is_asked(shape.bits, self.count);
+        let (ask, bytes) = match tiles {
+            1 => match asking(shape.bits, self.count) {
+                ask @ Ask::Far => (ask, FAR_BYTES),
+                ask => (ask, NEAR_BYTES),
+            },
+            _ => (Ask::Far, shape.block_bytes()),
+        };
         Ahead {
-            bytes: match tiles {
-                1 => AHEAD_BYTES,
-                _ => shape.block_bytes(),
-            },
+            ask,
+            bytes,
             first_line: tile * lines / tiles,
-            end_line: if is_asked {
-                (tile + 1) * lines / tiles
-            } else {
-                0
-            },
+            end_line: (tile + 1) * lines / tiles,
         }
     }
 
@@ -194,9 +216,7 @@ impl QuantizedBlock<'_> {
                     false => stride,
                 };
                 let mut sums = [S::no_sum(); TOKENS];
-                for line in ahead.first_line..ahead.end_line {
-                    S::prefetch(codes.wrapping_add(ahead.bytes + line * VECTOR_BYTES));
-                }
+                ahead.ask_from::<S>(codes);
                 for unit in 0..shape.group_size / UNIT_COLUMNS {
                     let dot = Dot::<S, TOKENS> {
                         sums: &mut sums,

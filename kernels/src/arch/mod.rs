@@ -72,8 +72,10 @@ pub unsafe trait Simd: Copy + Send + Sync + 'static {
     /// The largest lane, by [`Self::max`].
     unsafe fn largest(a: Self::F) -> f32;
 
-    /// Says that this will be read soon. Any address will do.
-    unsafe fn prefetch(_from: *const u8) {}
+    /// Asks for a line into the first cache. Any address will do.
+    unsafe fn prefetch_near(_from: *const u8) {}
+    /// Asks for a line into the second cache. Any address will do.
+    unsafe fn prefetch_far(_from: *const u8) {}
     unsafe fn load_words(from: *const u8) -> Self::W;
     unsafe fn and(a: Self::W, mask: u32) -> Self::W;
     unsafe fn or(a: Self::W, b: Self::W) -> Self::W;

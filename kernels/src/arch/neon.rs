@@ -255,6 +255,20 @@ unsafe impl<const I8MM: bool> Simd for Lanes<I8MM> {
     }
 
     #[inline(always)]
+    unsafe fn prefetch_near(from: *const u8) {
+        // SAFETY: a hint, which reads nothing.
+        unsafe {
+            asm!("prfm pldl1keep, [{from}]", from = in(reg) from, options(nomem, nostack, preserves_flags));
+        }
+    }
+    #[inline(always)]
+    unsafe fn prefetch_far(from: *const u8) {
+        // SAFETY: a hint, which reads nothing.
+        unsafe {
+            asm!("prfm pldl2keep, [{from}]", from = in(reg) from, options(nomem, nostack, preserves_flags));
+        }
+    }
+    #[inline(always)]
     unsafe fn load_words(from: *const u8) -> W {
         unsafe { from_fn(|part| vreinterpretq_u32_u8(vld1q_u8(from.add(16 * part)))) }
     }
