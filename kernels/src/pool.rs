@@ -8,7 +8,8 @@
 //! number that jobs and workers read, and to set it costs no more than to write it.
 
 use std::cell::UnsafeCell;
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::ops::Range;
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
@@ -25,9 +26,8 @@ type Work<'a> = &'a (dyn Fn(usize) + Sync);
 struct Shared {
     /// Written by the leader while no worker is inside, read by workers that are.
     job: UnsafeCell<Option<*const (dyn Fn(usize) + Sync)>>,
-    /// The next unit to take, and how many there are.
-    next: AtomicUsize,
-    units: AtomicUsize,
+    /// For every thread, the leader first: the units that it takes before it helps others.
+    shares: Box<[Share]>,
     /// The job may be worked on.
     open: AtomicBool,
     /// Workers that look at the job.
@@ -37,6 +37,46 @@ struct Shared {
     /// For every worker, number 1 first: it sleeps, or is about to.
     asleep: Box<[AtomicBool]>,
     ending: AtomicBool,
+}
+
+/// A range of units that nobody has taken: the first one, and in the upper half the one behind the last. Its owner takes
+/// from the front, so that it goes by memory in order; others from the back.
+#[derive(Default)]
+#[repr(align(64))]
+struct Share(AtomicU64);
+
+impl Share {
+    /// Units that a share can count to.
+    const MOST: usize = u32::MAX as usize;
+
+    fn set(&self, units: Range<usize>) {
+        let packed = (units.end as u64) << 32 | units.start as u64;
+        self.0.store(packed, Ordering::Relaxed);
+    }
+
+    fn units(packed: u64) -> Range<u64> {
+        packed & u64::from(u32::MAX)..packed >> 32
+    }
+
+    fn is_empty(&self) -> bool {
+        Self::units(self.0.load(Ordering::Relaxed)).is_empty()
+    }
+
+    fn take_first(&self) -> Option<usize> {
+        let without = |packed| (!Self::units(packed).is_empty()).then(|| packed + 1);
+        let before = self
+            .0
+            .fetch_update(Ordering::Relaxed, Ordering::Relaxed, without);
+        Some(Self::units(before.ok()?).start as usize)
+    }
+
+    fn take_last(&self) -> Option<usize> {
+        let without = |packed| (!Self::units(packed).is_empty()).then(|| packed - (1 << 32));
+        let before = self
+            .0
+            .fetch_update(Ordering::Relaxed, Ordering::Relaxed, without);
+        Some(Self::units(before.ok()?).end as usize - 1)
+    }
 }
 
 // SAFETY: `job` is the one field that is not so by itself. It is written only while the job is closed and nobody
@@ -64,8 +104,7 @@ impl Pool {
     pub fn new(threads: usize) -> Self {
         let shared = Arc::new(Shared {
             job: UnsafeCell::new(None),
-            next: AtomicUsize::new(0),
-            units: AtomicUsize::new(0),
+            shares: (0..threads.max(1)).map(|_| Share::default()).collect(),
             open: AtomicBool::new(false),
             inside: AtomicUsize::new(0),
             limit: AtomicUsize::new(threads.max(1)),
@@ -105,6 +144,7 @@ impl Pool {
     /// calls have.
     pub fn run(&self, units: usize, work: Work) {
         let threads = self.limited_threads();
+        assert!(units <= Share::MOST);
         if units <= 1 || threads == 1 {
             return (0..units).for_each(work);
         }
@@ -115,8 +155,10 @@ impl Pool {
         // SAFETY: the job is closed, and was when the last call waited until nobody was inside. Who enters
         // since sees it closed and leaves without looking at it.
         unsafe { *shared.job.get() = Some(work) };
-        shared.units.store(units, Ordering::Relaxed);
-        shared.next.store(0, Ordering::Relaxed);
+        for (number, share) in shared.shares.iter().enumerate() {
+            let border = |number: usize| units * number.min(threads) / threads;
+            share.set(border(number)..border(number + 1));
+        }
         shared.open.store(true, Ordering::SeqCst);
         let closing = Closing(shared);
         for (worker, asleep) in self.workers[..threads - 1].iter().zip(&shared.asleep) {
@@ -124,7 +166,7 @@ impl Pool {
                 worker.thread().unpark();
             }
         }
-        shared.work();
+        shared.work(0);
         drop(closing);
     }
 }
@@ -148,21 +190,20 @@ impl Drop for Closing<'_> {
 }
 
 impl Shared {
-    /// Takes units until there are none. The caller leads, or is inside and has seen the job open.
-    fn work(&self) {
+    /// Takes units until there are none, as thread `number`. The caller leads, or is inside and has seen the job open.
+    fn work(&self, number: usize) {
         // SAFETY: written before the job was opened, and not again before the caller is out.
         let Some(work) = (unsafe { *self.job.get() }) else {
             return;
         };
         // SAFETY: `Pool::run` holds the function until all are out.
         let work = unsafe { &*work };
-        let units = self.units.load(Ordering::Relaxed);
-        loop {
-            let unit = self.next.fetch_add(1, Ordering::Relaxed);
-            if unit >= units {
-                return;
+        let (before, own_and_behind) = self.shares.split_at(number);
+        if let Some((own, behind)) = own_and_behind.split_first() {
+            std::iter::from_fn(|| own.take_first()).for_each(work);
+            for other in behind.iter().chain(before) {
+                std::iter::from_fn(|| other.take_last()).for_each(work);
             }
-            work(unit);
         }
     }
 
@@ -173,7 +214,7 @@ impl Shared {
             self.inside.fetch_add(1, Ordering::SeqCst);
             let leaving = Leaving(self);
             if self.has_work_for(number) {
-                self.work();
+                self.work(number);
             }
             drop(leaving);
         }
@@ -208,7 +249,7 @@ impl Shared {
     fn has_work_for(&self, number: usize) -> bool {
         self.open.load(Ordering::SeqCst)
             && number < self.limit.load(Ordering::SeqCst)
-            && self.next.load(Ordering::Relaxed) < self.units.load(Ordering::Relaxed)
+            && self.shares.iter().any(|share| !share.is_empty())
     }
 }
 
