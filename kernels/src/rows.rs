@@ -13,6 +13,12 @@ use crate::pool::Pool;
 /// Less than this is taken for zero: its reciprocal would overflow.
 const SMALLEST: f32 = 1e-30;
 
+/// The largest tile, and a multiple of all.
+const MOST_TILE: usize = 8;
+
+/// Elements that are worth the attention of several threads.
+const WORTH_SHARING: usize = 8192;
+
 /// An RMS norm.
 #[derive(Debug)]
 pub struct Norm {
@@ -117,13 +123,36 @@ impl Rows {
                 })
                 .collect(),
             tokens: self.tokens,
-            copies: wanted.floats,
         };
-        pool.run(self.tokens, &|token| {
-            isa.run(PrepareRow {
-                x: &x[token * width..][..width],
-                norm,
-                token,
+        let rows = match norm {
+            None if !wanted.floats => x.as_ptr(),
+            _ => writer.floats.cast_const(),
+        };
+        if norm.is_some() || wanted.floats {
+            pool.run(self.tokens, &|token| {
+                let x = &x[token * width..][..width];
+                isa.run(PrepareRow {
+                    x,
+                    norm,
+                    token,
+                    writer: &writer,
+                });
+            });
+        }
+        // Tokens of a tile lie together in lines of memory, which threads had better not share. So where there are
+        // too few tiles, threads share the columns.
+        let chunks = self.tokens.div_ceil(MOST_TILE);
+        let parts = match pool.limited_threads() {
+            threads if chunks < threads && x.len() >= WORTH_SHARING => threads,
+            _ => 1,
+        };
+        let source = Source { rows, width };
+        pool.run(chunks * parts, &|unit| {
+            isa.run(QuantizePart {
+                source: &source,
+                first: unit / parts * MOST_TILE,
+                part: unit % parts,
+                parts,
                 writer: &writer,
             });
         });
@@ -162,17 +191,24 @@ struct Destination {
     scales: *mut [f32; 3],
 }
 
-/// Where rows are written: each by one thread, to places of its own.
+/// Where rows are written: floats of a token by one thread, groups of a tile by one thread.
 struct Writer {
     floats: *mut f32,
     quantized: Vec<Destination>,
     tokens: usize,
-    /// Floats are wanted though there is no norm.
-    copies: bool,
 }
 
-// SAFETY: the pointers are into vectors that `prepare` holds; every token is written by one thread only.
+// SAFETY: the pointers are into vectors that `prepare` holds; every place is written by one thread only.
 unsafe impl Sync for Writer {}
+
+/// What is quantised: `[tokens, width]`.
+struct Source {
+    rows: *const f32,
+    width: usize,
+}
+
+// SAFETY: read only, after all of it has been written.
+unsafe impl Sync for Source {}
 
 struct PrepareRow<'a> {
     x: &'a [f32],
@@ -188,25 +224,48 @@ impl Kernel for PrepareRow<'_> {
     unsafe fn run<S: Simd>(self) {
         // SAFETY: the vectors have been made long enough for all tokens; the norm is as wide as `x`.
         unsafe {
-            let width = self.x.len();
-            let own = self.writer.floats.wrapping_add(self.token * width);
-            let mut x = self.x.as_ptr();
-            if let Some(norm) = self.norm {
-                normalise::<S>(x, norm, own);
-                x = own;
-            } else if self.writer.copies {
-                std::ptr::copy_nonoverlapping(x, own, width);
+            let own = self.writer.floats.add(self.token * self.x.len());
+            match self.norm {
+                Some(norm) => normalise::<S>(self.x.as_ptr(), norm, own),
+                None => std::ptr::copy_nonoverlapping(self.x.as_ptr(), own, self.x.len()),
             }
-            let tokens = self.writer.tokens;
-            let (first, in_tile) = QuantizedRows::tile::<S>(tokens, self.token);
-            for to in &self.writer.quantized {
-                for group in 0..width / to.group_size {
-                    let quads = to.quads.add((group * tokens + first) * to.group_bytes);
-                    let quads = quads.add((self.token - first) * QUAD_BYTES);
-                    let from = x.add(group * to.group_size);
-                    let stride = in_tile * QUAD_BYTES;
-                    *to.scales.add(group * tokens + self.token) =
-                        quantize::<S>(from, to.group_size, quads, stride);
+        }
+    }
+}
+
+/// Some groups of at most [`MOST_TILE`] tokens, whole tiles or what is left.
+struct QuantizePart<'a> {
+    source: &'a Source,
+    /// The first token.
+    first: usize,
+    /// Of so many parts of a row's groups.
+    part: usize,
+    parts: usize,
+    writer: &'a Writer,
+}
+
+impl Kernel for QuantizePart<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    unsafe fn run<S: Simd>(self) {
+        let Source { rows, width } = *self.source;
+        let tokens = self.writer.tokens;
+        for to in &self.writer.quantized {
+            let groups = width / to.group_size;
+            let border = |part: usize| groups * part / self.parts;
+            for token in self.first..tokens.min(self.first + MOST_TILE) {
+                let (first, in_tile) = QuantizedRows::tile::<S>(tokens, token);
+                for group in border(self.part)..border(self.part + 1) {
+                    // SAFETY: the vectors have been made long enough for all tokens.
+                    unsafe {
+                        let quads = to.quads.add((group * tokens + first) * to.group_bytes);
+                        let quads = quads.add((token - first) * QUAD_BYTES);
+                        let from = rows.add(token * width + group * to.group_size);
+                        let stride = in_tile * QUAD_BYTES;
+                        *to.scales.add(group * tokens + token) =
+                            quantize::<S>(from, to.group_size, quads, stride);
+                    }
                 }
             }
         }
