@@ -60,6 +60,8 @@ BASELINES = [
     Case("(iv)", "2 ranks of one thread, all else by default", 2, ("--threads", "1")),
     Case("(v)", "2 ranks, all by default", 2, ()),
 ]
+# What can be measured alone.
+PARTS = (*(case.name.strip("()") for case in BASELINES), "stream", "idle")
 MOST_IDLE = 0.12  # of the ranks' time in (1), while there was something to do
 
 STREAM_TOKENS, STREAM_ANSWER = 32, 64
@@ -100,13 +102,19 @@ class Measured:
             sys.exit(f"bench: the same prompts were answered with different tokens. Digests:\n{told}")
 
 
-def measure(repeats: int) -> None:
-    """Measures everything, and prints the tables."""
+def measure(repeats: int, only: list[str] | None = None) -> None:
+    """Measures everything, or these parts only (a baseline by its number), and prints the tables."""
+    parts = only or PARTS
+    if unknown := [part for part in parts if part not in PARTS]:
+        sys.exit(f"bench: pipeline has no part {unknown[0]}; it has {', '.join(PARTS)}")
     shape = checkpoint("qwen3-1.7b", 8)
     subprocess.run([ROOT / "scripts/fetch-demo-model"], check=True, stdout=sys.stderr)
-    print("\n".join(sequences_in_flight(shape, repeats)), flush=True)
-    print("\n".join(["", *cost_of_the_pipeline(shape, repeats)]), flush=True)
-    print("\n".join(["", *idle(shape, repeats)]))
+    if baselines := [case for case in BASELINES if case.name.strip("()") in parts]:
+        print("\n".join(sequences_in_flight(shape, baselines, repeats)), flush=True)
+    if "stream" in parts:
+        print("\n".join(["", *cost_of_the_pipeline(shape, repeats)]), flush=True)
+    if "idle" in parts:
+        print("\n".join(["", *idle(shape, repeats)]))
 
 
 def prompt(sequence: int, tokens: int) -> list[int]:
@@ -125,12 +133,12 @@ def in_turns(cases: list[Case], repeats: int, what: str) -> Iterator[Case]:
 # ---- many sequences -----------------------------------------------------------------------------
 
 
-def sequences_in_flight(model: Path, repeats: int) -> list[str]:
-    """The first table: many prompts at once."""
+def sequences_in_flight(model: Path, baselines: list[Case], repeats: int) -> list[str]:
+    """The first table: many prompts at once, beside these baselines."""
     requests = [{"prompt": prompt(number, PROMPT_TOKENS), "max_tokens": ANSWER_TOKENS} for number in range(PROMPTS)]
     measured = Measured()
     run(2, model, [{"prompt": [1], "max_tokens": 1}])  # fills the page cache
-    for case in in_turns([IN_FLIGHT, *BASELINES], repeats, "in flight"):
+    for case in in_turns([IN_FLIGHT, *baselines], repeats, "in flight"):
         measured.take(case, model, requests)
         measured.assert_same_tokens()
     lines = [
@@ -138,10 +146,10 @@ def sequences_in_flight(model: Path, repeats: int) -> list[str]:
         "| stages idle, % | first token, s | (1) over it | goal | reached |",
         "|---|---|---|---|---|---|---|",
         in_flight_row(measured),
-        *(baseline_row(case, measured) for case in BASELINES),
+        *(baseline_row(case, measured) for case in baselines),
     ]
     sampled = statistics.median(measured.values(IN_FLIGHT, "sampled_tokens"))
-    return [*lines, "", *in_flight_notes(repeats, sampled), "", sentence(measured.others)]
+    return [*lines, "", *in_flight_notes(baselines, repeats, sampled), "", sentence(measured.others)]
 
 
 def figures(case: Case, measured: Measured) -> list[str]:
@@ -170,7 +178,7 @@ def baseline_row(case: Case, measured: Measured) -> str:
     return f"| {' | '.join([*figures(case, measured), f'{ratio:.2f}x', goal, verdict])} |"
 
 
-def in_flight_notes(repeats: int, sampled: float) -> list[str]:
+def in_flight_notes(baselines: list[Case], repeats: int, sampled: float) -> list[str]:
     """What one has to know to read the first table."""
     asked = PROMPTS * ANSWER_TOKENS
     ended = "all that were asked for" if sampled == asked else f"**of {asked}: some answers ended before**"
@@ -180,7 +188,7 @@ def in_flight_notes(repeats: int, sampled: float) -> list[str]:
         f"which wait for others. {sampled:.0f} tokens were sampled, {ended}; the same ones in every",
         "run of every case. Options:",
         "",
-        *(f"- {case.name} `{' '.join(case.options)}`" for case in [IN_FLIGHT, *BASELINES] if case.options),
+        *(f"- {case.name} `{' '.join(case.options)}`" for case in [IN_FLIGHT, *baselines] if case.options),
     ]
 
 
