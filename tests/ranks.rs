@@ -512,16 +512,23 @@ fn waiting_for_a_prompt_burns_no_core() {
     let ranks = run.ranks();
     assert_eq!(ranks.len(), 3);
     let times = || ranks.iter().map(|&pid| processor_time(pid));
-    let (before, since) = (times().collect::<Vec<_>>(), Instant::now());
-    std::thread::sleep(Duration::from_secs(4));
-    for (rank, (after, before)) in times().zip(before).enumerate() {
-        let used = after - before;
-        assert!(
-            used < since.elapsed() / 50,
-            "rank {rank} used {used:?} of {:?}",
-            since.elapsed()
-        );
+    let most_used = || {
+        let (before, since) = (times().collect::<Vec<_>>(), Instant::now());
+        std::thread::sleep(Duration::from_secs(4));
+        let used = times().zip(before).map(|(after, before)| after - before);
+        used.max().unwrap().as_secs_f64() / since.elapsed().as_secs_f64()
+    };
+    // What was loaded a moment ago still looks often. A host that others slow down makes every look dearer, so
+    // that an interval may be unlucky; who spins does so in all.
+    std::thread::sleep(Duration::from_secs(1));
+    let mut shares = Vec::new();
+    while shares.len() < 3 && !shares.iter().any(|share| *share < 0.02) {
+        shares.push(most_used());
     }
+    assert!(
+        shares.iter().any(|share| *share < 0.02),
+        "the busiest rank used, of a core: {shares:?}"
+    );
     common::feed(&mut run.running, golden_requests(&golden).as_bytes());
     let ran = run.must_be_gone().succeeded();
     assert_eq!(ran.json_lines().len(), golden.prompts.len());
