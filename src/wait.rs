@@ -23,7 +23,7 @@ const SHORTEST_PAUSE: Duration = Duration::from_micros(10);
 /// Longest pause while an answer is due.
 const LONGEST_PAUSE: Duration = Duration::from_micros(200);
 /// The pause once nothing has happened for [`IDLE_AFTER`].
-const IDLE_PAUSE: Duration = Duration::from_millis(2);
+const IDLE_PAUSE: Duration = Duration::from_millis(4);
 /// When a wait counts as idle.
 const IDLE_AFTER: Duration = Duration::from_millis(500);
 
