@@ -1305,25 +1305,7 @@ fn an_idle_server_burns_no_core_and_answers_at_once() {
     let ranks = server.ranks();
     assert_eq!(ranks.len(), 3);
     std::thread::sleep(Duration::from_secs(1));
-    let times = || -> Vec<u64> { ranks.iter().map(|&pid| processor_ticks(pid)).collect() };
-    // 100 ticks a second.
-    let most_used = || {
-        let (before, since) = (times(), Instant::now());
-        std::thread::sleep(Duration::from_secs(4));
-        let used = times().into_iter().zip(before);
-        let most = used.map(|(after, before)| after - before).max().unwrap();
-        most as f64 / 100.0 / since.elapsed().as_secs_f64()
-    };
-    // A host that others slow down makes every look dearer, so that an interval may be unlucky; who spins does so
-    // in all.
-    let mut shares = Vec::new();
-    while shares.len() < 3 && !shares.iter().any(|share| *share < 0.02) {
-        shares.push(most_used());
-    }
-    assert!(
-        shares.iter().any(|share| *share < 0.02),
-        "the busiest rank used, of a core: {shares:?}"
-    );
+    common::assert_no_core_is_burnt(&ranks);
     let began = Instant::now();
     server.must_be_well();
     assert!(
@@ -1332,18 +1314,6 @@ fn an_idle_server_burns_no_core_and_answers_at_once() {
         began.elapsed()
     );
     server.end();
-}
-
-/// Processor time that a process has used, all its threads together.
-fn processor_ticks(pid: i32) -> u64 {
-    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap();
-    let (_, fields) = stat.rsplit_once(") ").unwrap();
-    fields
-        .split(' ')
-        .skip(11)
-        .take(2)
-        .map(|field| field.parse::<u64>().unwrap())
-        .sum()
 }
 
 #[test]

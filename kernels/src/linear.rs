@@ -9,14 +9,14 @@ use crate::math::{load_part, store_part, swiglu};
 use crate::plain::Plain;
 use crate::pool::Pool;
 use crate::quantized::Quantized;
-use crate::rows::{Rows, Wanted};
+use crate::rows::{MOST_TILE, Rows, Wanted};
 use std::mem::MaybeUninit;
 
 /// Most tokens that go by a block at a time; a multiple of all tiles.
 const CHUNK: usize = 64;
 
 /// Fewest of them.
-const SMALLEST_CHUNK: usize = 8;
+const SMALLEST_CHUNK: usize = MOST_TILE;
 
 /// Bytes of activations that go by a block at a time: half of a second cache, whose other half is for the block.
 const CHUNK_BYTES: usize = 256 << 10;

@@ -14,7 +14,7 @@ use crate::pool::Pool;
 const SMALLEST: f32 = 1e-30;
 
 /// The largest tile, and a multiple of all.
-const MOST_TILE: usize = 8;
+pub(crate) const MOST_TILE: usize = 8;
 
 /// Elements that are worth the attention of several threads.
 const WORTH_SHARING: usize = 8192;
@@ -101,19 +101,31 @@ impl Rows {
         self.width = width;
         assert_eq!(x.len(), self.tokens * width);
         assert!(norm.is_none_or(|norm| norm.weight.len() == width));
-        if wanted.floats || norm.is_some() {
-            self.floats.resize(x.len(), 0.0);
-        }
-        self.quantized
-            .resize_with(wanted.group_sizes.len(), Default::default);
-        for (rows, &group_size) in self.quantized.iter_mut().zip(&wanted.group_sizes) {
+        let rows = match norm {
+            None if !wanted.floats => x,
+            _ => {
+                self.floats.resize(x.len(), 0.0);
+                let floats = Floats(self.floats.as_mut_ptr());
+                pool.run(self.tokens, &|token| {
+                    isa.run(PrepareRow {
+                        x: &x[token * width..][..width],
+                        norm,
+                        token,
+                        floats: &floats,
+                    });
+                });
+                &self.floats[..x.len()]
+            }
+        };
+        let quantized = &mut self.quantized;
+        quantized.resize_with(wanted.group_sizes.len(), Default::default);
+        for (rows, &group_size) in quantized.iter_mut().zip(&wanted.group_sizes) {
             assert!(width.is_multiple_of(group_size) && group_size.is_multiple_of(LANES));
             rows.resize(group_size, self.tokens, width);
         }
-        let writer = Writer {
-            floats: self.floats.as_mut_ptr(),
-            quantized: self
-                .quantized
+        let destinations = Destinations {
+            tokens: self.tokens,
+            quantized: quantized
                 .iter_mut()
                 .map(|rows| Destination {
                     group_size: rows.group_size,
@@ -122,23 +134,7 @@ impl Rows {
                     scales: rows.scales.as_mut_ptr(),
                 })
                 .collect(),
-            tokens: self.tokens,
         };
-        let rows = match norm {
-            None if !wanted.floats => x.as_ptr(),
-            _ => writer.floats.cast_const(),
-        };
-        if norm.is_some() || wanted.floats {
-            pool.run(self.tokens, &|token| {
-                let x = &x[token * width..][..width];
-                isa.run(PrepareRow {
-                    x,
-                    norm,
-                    token,
-                    writer: &writer,
-                });
-            });
-        }
         // Tokens of a tile lie together in lines of memory, which threads had better not share. So where there are
         // too few tiles, threads share the columns.
         let chunks = self.tokens.div_ceil(MOST_TILE);
@@ -146,14 +142,14 @@ impl Rows {
             threads if chunks < threads && x.len() >= WORTH_SHARING => threads,
             _ => 1,
         };
-        let source = Source { rows, width };
         pool.run(chunks * parts, &|unit| {
             isa.run(QuantizePart {
-                source: &source,
+                rows,
+                width,
                 first: unit / parts * MOST_TILE,
                 part: unit % parts,
                 parts,
-                writer: &writer,
+                destinations: &destinations,
             });
         });
     }
@@ -191,30 +187,26 @@ struct Destination {
     scales: *mut [f32; 3],
 }
 
-/// Where rows are written: floats of a token by one thread, groups of a tile by one thread.
-struct Writer {
-    floats: *mut f32,
-    quantized: Vec<Destination>,
+/// Where all group sizes' numbers go: a group of a tile by one thread.
+struct Destinations {
     tokens: usize,
+    quantized: Vec<Destination>,
 }
 
 // SAFETY: the pointers are into vectors that `prepare` holds; every place is written by one thread only.
-unsafe impl Sync for Writer {}
+unsafe impl Sync for Destinations {}
 
-/// What is quantised: `[tokens, width]`.
-struct Source {
-    rows: *const f32,
-    width: usize,
-}
+/// Where floats go: a token's by one thread.
+struct Floats(*mut f32);
 
-// SAFETY: read only, after all of it has been written.
-unsafe impl Sync for Source {}
+// SAFETY: as above.
+unsafe impl Sync for Floats {}
 
 struct PrepareRow<'a> {
     x: &'a [f32],
     norm: Option<&'a Norm>,
     token: usize,
-    writer: &'a Writer,
+    floats: &'a Floats,
 }
 
 impl Kernel for PrepareRow<'_> {
@@ -224,7 +216,7 @@ impl Kernel for PrepareRow<'_> {
     unsafe fn run<S: Simd>(self) {
         // SAFETY: the vectors have been made long enough for all tokens; the norm is as wide as `x`.
         unsafe {
-            let own = self.writer.floats.add(self.token * self.x.len());
+            let own = self.floats.0.add(self.token * self.x.len());
             match self.norm {
                 Some(norm) => normalise::<S>(self.x.as_ptr(), norm, own),
                 None => std::ptr::copy_nonoverlapping(self.x.as_ptr(), own, self.x.len()),
@@ -235,13 +227,15 @@ impl Kernel for PrepareRow<'_> {
 
 /// Some groups of at most [`MOST_TILE`] tokens, whole tiles or what is left.
 struct QuantizePart<'a> {
-    source: &'a Source,
+    /// `[tokens, width]`
+    rows: &'a [f32],
+    width: usize,
     /// The first token.
     first: usize,
     /// Of so many parts of a row's groups.
     part: usize,
     parts: usize,
-    writer: &'a Writer,
+    destinations: &'a Destinations,
 }
 
 impl Kernel for QuantizePart<'_> {
@@ -249,10 +243,9 @@ impl Kernel for QuantizePart<'_> {
 
     #[inline(always)]
     unsafe fn run<S: Simd>(self) {
-        let Source { rows, width } = *self.source;
-        let tokens = self.writer.tokens;
-        for to in &self.writer.quantized {
-            let groups = width / to.group_size;
+        let tokens = self.destinations.tokens;
+        for to in &self.destinations.quantized {
+            let groups = self.width / to.group_size;
             let border = |part: usize| groups * part / self.parts;
             for token in self.first..tokens.min(self.first + MOST_TILE) {
                 let (first, in_tile) = QuantizedRows::tile::<S>(tokens, token);
@@ -261,7 +254,8 @@ impl Kernel for QuantizePart<'_> {
                     unsafe {
                         let quads = to.quads.add((group * tokens + first) * to.group_bytes);
                         let quads = quads.add((token - first) * QUAD_BYTES);
-                        let from = rows.add(token * width + group * to.group_size);
+                        let from = self.rows.as_ptr();
+                        let from = from.add(token * self.width + group * to.group_size);
                         let stride = in_tile * QUAD_BYTES;
                         *to.scales.add(group * tokens + token) =
                             quantize::<S>(from, to.group_size, quads, stride);

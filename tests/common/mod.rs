@@ -441,3 +441,40 @@ pub fn cuts(layers: usize, ranks: usize) -> Vec<Vec<std::ops::Range<usize>>> {
     extend(0, layers, ranks, &mut Vec::new(), &mut all);
     all
 }
+
+/// Processor time that a process has used, all its threads together.
+#[cfg(target_os = "linux")]
+fn processor_time(pid: i32) -> Duration {
+    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap();
+    // The second field is the name in parentheses; user and system time are the 14th and 15th.
+    let (_, fields) = stat.rsplit_once(") ").unwrap();
+    let ticks: u64 = fields
+        .split(' ')
+        .skip(11)
+        .take(2)
+        .map(|field| field.parse::<u64>().unwrap())
+        .sum();
+    // SAFETY: `sysconf` has no preconditions.
+    let ticks_per_second = unsafe { libc::sysconf(libc::_SC_CLK_TCK) } as u64;
+    Duration::from_millis(ticks * 1000 / ticks_per_second)
+}
+
+/// Ranks without work use less than a fiftieth of a core each. A host that others slow down makes every look dearer, so
+/// that one interval may be unlucky; who spins does so in all three.
+#[cfg(target_os = "linux")]
+pub fn assert_no_core_is_burnt(pids: &[i32]) {
+    const MOST: f64 = 0.02;
+    let times = || pids.iter().map(|&pid| processor_time(pid));
+    let mut shares = Vec::new();
+    while shares.len() < 3 && shares.last().is_none_or(|share| *share >= MOST) {
+        let (before, since) = (times().collect::<Vec<_>>(), Instant::now());
+        std::thread::sleep(Duration::from_secs(4));
+        let used = times().zip(before).map(|(after, before)| after - before);
+        let most = used.max().expect("there are ranks");
+        shares.push(most.as_secs_f64() / since.elapsed().as_secs_f64());
+    }
+    assert!(
+        shares.last().is_some_and(|share| *share < MOST),
+        "the busiest rank used, of a core: {shares:?}"
+    );
+}
