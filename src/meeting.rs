@@ -12,7 +12,6 @@ use crate::plan::WireDtype;
 use crate::planning;
 use crate::stage::{self, Computer};
 use crate::transport::{MpiTransport, Transport};
-use crate::wait;
 use crate::wire::PROTOCOL_VERSION;
 use anyhow::{Context, Result, anyhow};
 use serde::{Deserialize, Serialize};
@@ -76,11 +75,7 @@ struct Introduction {
 
 /// Chooses what this rank computes with, and what it says of itself.
 fn introduce(options: &RunOptions, rank: usize) -> Result<(Kernels, Introduction)> {
-    cores::undo_default_binding();
     let (usable, seat) = (cores::usable(), launcher::seat());
-    if usable >= 2 * seat.ranks {
-        wait::look_often();
-    }
     let threads = options.model.threads.unwrap_or(usable);
     let ModelOptions {
         device, kernels, ..

@@ -70,6 +70,10 @@ pub fn run(options: &RunOptions, server_options: Option<&ServerOptions>) -> u8 {
 /// began; or the exit status, if MPI cannot be started.
 pub fn join(verbose: u8) -> Result<(MpiTransport, Instant), u8> {
     let started = Instant::now();
+    cores::undo_default_binding();
+    if cores::usable() >= 2 * launcher::seat().ranks {
+        wait::look_often();
+    }
     let joined = wait::end_on_signals().and_then(|()| MpiTransport::start());
     let transport = joined.map_err(|error| {
         tell(&format!("mlx-pipe: {error:#}\n"));

@@ -89,6 +89,18 @@ pub trait Transport {
 /// Pause between two calls of MPI while a rank computes. Short against a step, and long against the microseconds that
 /// a call takes from the core that computes.
 const OVERLAP_PAUSE: Duration = Duration::from_micros(500);
+/// The same where cores are many, so that none is taken from who computes: short against a step of a GPU.
+const OVERLAP_PAUSE_WITH_CORES: Duration = Duration::from_micros(50);
+/// Up to how many bytes a message leaves at once: hidden vectors of a decoding step. A larger one leaves only once its
+/// receiver has agreed, which takes both sides' calls: where they are computing, pauses of both.
+const EAGER_BYTES: &str = "131072";
+/// Where Open MPI's ways between processes read it: through shared memory (before and since version 5) and TCP, at
+/// 4096 and 65536 bytes by themselves.
+const EAGER_LIMITS: [&str; 3] = [
+    "OMPI_MCA_btl_vader_eager_limit",
+    "OMPI_MCA_btl_sm_eager_limit",
+    "OMPI_MCA_btl_tcp_eager_limit",
+];
 /// Messages of a kind that are received before they are asked for.
 const RECEIVED_AHEAD: usize = 4;
 const FLUSH_LIMIT: Duration = Duration::from_secs(60);
@@ -129,11 +141,17 @@ struct Receiving {
 unsafe impl Send for Messages {}
 
 impl MpiTransport {
-    /// Starts MPI, or joins the job that `mpirun` started.
+    /// Starts MPI, or joins the job that `mpirun` started. Call it before there are threads that read the environment.
     ///
     /// # Errors
     /// MPI started already, or grants less than calls from one thread of several.
     pub fn start() -> Result<Self> {
+        for name in EAGER_LIMITS {
+            if std::env::var_os(name).is_none() {
+                // SAFETY: the one other thread so far waits for signals, and reads no environment.
+                unsafe { std::env::set_var(name, EAGER_BYTES) };
+            }
+        }
         let Some((universe, granted)) = mpi::initialize_with_threading(Threading::Serialized)
         else {
             bail!("MPI is already initialised in this process");
@@ -156,7 +174,11 @@ impl MpiTransport {
             true => {
                 let messages = Arc::clone(&messages);
                 let advance = move || lock(&messages).advance();
-                Meanwhile::new(OVERLAP_PAUSE, advance).ok()
+                let pause = match wait::looks_often() {
+                    true => OVERLAP_PAUSE_WITH_CORES,
+                    false => OVERLAP_PAUSE,
+                };
+                Meanwhile::new(pause, advance).ok()
             }
         };
         Ok(Self {

@@ -141,6 +141,11 @@ pub fn look_often() {
     }
 }
 
+/// Whether [`look_often`] was called.
+pub fn looks_often() -> bool {
+    HAS_CORES.load(Ordering::Relaxed)
+}
+
 /// Ends the process at once: no destructors, which might wait for a computation of another thread.
 pub fn end_now(code: i32) -> ! {
     // SAFETY: `_exit` has no preconditions.
@@ -234,7 +239,7 @@ impl Patience {
             return Ok(());
         }
         let elapsed = self.elapsed();
-        let only_looks = HAS_CORES.load(Ordering::Relaxed) && elapsed < NO_PAUSE_WITH_CORES;
+        let only_looks = looks_often() && elapsed < NO_PAUSE_WITH_CORES;
         if self.polls < 2 * EAGER_POLLS || only_looks {
             thread::yield_now();
         } else {
