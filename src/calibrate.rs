@@ -2,11 +2,12 @@
 //!
 //! Before the plan no rank knows its layers, and no rank may hold another's, so what is timed are layers of
 //! made-up weights in the shapes and dtypes of the model's (no tensor is read). They are computed by the
-//! same [`Stage`] that a run has. Ranks of one host are alike, so the first of them measures while the others
-//! wait, and then all compute at once to see how they crowd each other. Links are measured one after the
+//! same [`Stage`] that a run has. Ranks of one host on the same kind of device are alike, so the first of them measures
+//! while the host's others wait, and then all compute at once to see how they crowd each other. Links are measured one after the
 //! other, with messages as large as a run's and receivers that have waited as long.
 
 use crate::agree::{self, Failure};
+use crate::cost_store::Seat;
 use crate::model::{Kernels, ModelFiles};
 use crate::pipeline::Compute;
 use crate::plan::{Costs, DeviceCost, LinkCost, LinkCosts, ModelShape, StepCost, WireDtype};
@@ -57,8 +58,8 @@ const LINK_LIMIT: Duration = Duration::from_secs(60);
 
 /// What is measured for.
 pub struct Question<'a> {
-    /// Each rank's host.
-    pub hosts: &'a [&'a str],
+    /// Where each rank computes.
+    pub seats: &'a [Seat],
     /// The model.
     pub files: &'a ModelFiles,
     /// The bytes of its parts.
@@ -88,32 +89,57 @@ fn devices(
     question: &Question,
     transport: &mut impl Transport,
 ) -> Result<Vec<DeviceCost>, Failure> {
-    let (rank, hosts) = (transport.rank(), question.hosts);
-    let first_on_host = |rank: usize| hosts.iter().position(|host| *host == hosts[rank]);
+    let (rank, seats) = (transport.rank(), question.seats);
     let mut bench = Bench::new(question, transport.size());
-    let alone = match first_on_host(rank) == Some(rank) {
-        true => bench.alone().map(Some),
-        false => Ok(None),
-    };
-    let alone = agree::gather(transport, alone.context("timing a layer"), None)?;
-    let own = first_on_host(rank).and_then(|first| alone[first].clone());
-    let own = own.context("the first rank of this host measured nothing")?;
+    let mut own = None;
+    for turn in 0..seats.len() {
+        // Gone through by all ranks as often: the seats are the same on all.
+        if !(0..seats.len()).any(|rank| turn_of(seats, rank) == turn) {
+            break;
+        }
+        let first = first_of(seats, rank);
+        let alone = match first == rank && turn_of(seats, rank) == turn {
+            true => bench.alone().map(Some),
+            false => Ok(None),
+        };
+        let alone = agree::gather(transport, alone.context("timing a layer"), None)?;
+        own = own.or_else(|| alone.into_iter().nth(first).flatten());
+    }
+    let own = own.context("the first rank of this kind measured nothing")?;
 
-    let sharers = hosts.iter().filter(|host| **host == hosts[rank]).count();
-    let crowded = match sharers {
+    let sharers = seats.iter().filter(|seat| seat.host == seats[rank].host);
+    let crowded = match sharers.count() {
         1 => Ok(1000),
         _ => bench.crowding_per_mille(&own),
     };
     let crowded = agree::gather(transport, crowded.context("timing a layer"), None)?;
-    let of_host = crowded.iter().zip(hosts);
-    let of_host = of_host.filter(|(_, host)| **host == hosts[rank]);
-    let sum: u64 = of_host.map(|(crowded, _)| crowded).sum();
+    let of_kind = crowded.iter().zip(seats);
+    let of_kind: Vec<u64> = of_kind
+        .filter(|(_, seat)| **seat == seats[rank])
+        .map(|(crowded, _)| *crowded)
+        .collect();
+    let mean = of_kind.iter().sum::<u64>() / of_kind.len() as u64;
     let own = DeviceCost {
-        crowding_per_mille: (sum / sharers as u64).max(1000),
+        crowding_per_mille: mean.max(1000),
         ..own
     };
     info!(?own, "measured");
     agree::gather(transport, Ok(own), None)
+}
+
+/// The first rank that computes where this one does.
+fn first_of(seats: &[Seat], rank: usize) -> usize {
+    let alike = seats.iter().position(|seat| *seat == seats[rank]);
+    alike.unwrap_or(rank)
+}
+
+/// When a rank's kind of device measures: kinds of one host one after the other, in the order of their first ranks.
+fn turn_of(seats: &[Seat], rank: usize) -> usize {
+    let first = first_of(seats, rank);
+    let before = 0..first;
+    before
+        .filter(|&other| seats[other].host == seats[rank].host && first_of(seats, other) == other)
+        .count()
 }
 
 /// Stages of made-up weights, and what they are fed with.
@@ -503,7 +529,28 @@ fn receive(transport: &mut impl Transport, from: usize) -> Result<Vec<u8>> {
 
 #[cfg(test)]
 mod tests {
-    use super::layer_ns_of;
+    use super::{first_of, layer_ns_of, turn_of};
+    use crate::cost_store::Seat;
+
+    #[test]
+    fn kinds_of_devices_of_one_host_measure_one_after_the_other() {
+        let seat = |(host, device): (&str, &str)| Seat {
+            host: host.into(),
+            device: device.into(),
+        };
+        let seats = [
+            ("a", "cpu"),
+            ("b", "gpu"),
+            ("a", "gpu"),
+            ("a", "cpu"),
+            ("b", "gpu"),
+            ("a", "gpu"),
+        ]
+        .map(seat);
+        let each = |of: fn(&[Seat], usize) -> usize| [0, 1, 2, 3, 4, 5].map(|r| of(&seats, r));
+        assert_eq!(each(first_of), [0, 1, 2, 0, 1, 2]);
+        assert_eq!(each(turn_of), [0, 0, 1, 0, 0, 1]);
+    }
 
     #[test]
     fn no_layer_takes_no_time_whatever_noise_was_measured() {

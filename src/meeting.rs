@@ -104,6 +104,9 @@ impl Introduction {
         if let Some(bytes) = computer.memory_bytes {
             profile.memory_bytes = bytes;
         }
+        if let Some(cores) = computer.worth_cores {
+            profile.cores = cores;
+        }
         Ok(Self {
             version: version(),
             place: Place {

@@ -263,7 +263,7 @@ fn costs(
     let own = own.and_then(|devices| devices.into_iter().nth(transport.rank()));
     let own = own.map(|device| device.plan_device(options.model.memory_limit));
     let question = calibrate::Question {
-        hosts: &cluster.ranks.iter().map(Place::host).collect::<Vec<_>>(),
+        seats: &seats,
         files,
         shape: &shape,
         wire_dtype,

@@ -320,7 +320,12 @@ pub struct Computer {
     pub kind: &'static str,
     /// Bytes that the ranks of this host have together on its GPUs, where these have memory of their own.
     pub memory_bytes: Option<u64>,
+    /// CPU cores that its GPUs are worth to all ranks of this host together, where that can be told.
+    pub worth_cores: Option<u64>,
 }
+
+/// What a core reads of its host's memory, about: by this a GPU is compared with cores as long as no times are known.
+const BYTES_PER_S_OF_A_CORE: u64 = 10_000_000_000;
 
 /// Chooses what this rank computes with, for all that follows in this process: our CUDA kernels where there is a GPU for
 /// them (ranks of one host take its GPUs in turns), else MLX's on its GPU, else ours on the CPU, on so many threads.
@@ -362,6 +367,7 @@ pub fn computer(
         },
         kind,
         memory_bytes: None,
+        worth_cores: None,
     })
 }
 
@@ -374,10 +380,12 @@ fn open_gpu(gpus: usize, seat: Seat) -> Result<Computer> {
     )?;
     let ranks = seat.ranks.max(1);
     // As much as lets the ranks of the fullest GPU have an even share of it.
-    let share = cuda.memory_bytes() / ranks.div_ceil(gpus) as u64;
-    info!(name = cuda.name(), "using a GPU");
+    let of_all = |one: u64| one / ranks.div_ceil(gpus) as u64 * ranks as u64;
+    let worth_cores = of_all(cuda.bytes_per_s() / BYTES_PER_S_OF_A_CORE);
+    info!(name = cuda.name(), worth_cores, "using a GPU");
     Ok(Computer {
-        memory_bytes: Some(share * ranks as u64),
+        memory_bytes: Some(of_all(cuda.memory_bytes())),
+        worth_cores: (worth_cores > 0).then_some(worth_cores),
         kernels: Kernels::Cuda(Arc::new(cuda)),
         kind: "gpu",
     })

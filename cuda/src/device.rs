@@ -14,6 +14,10 @@ const LEAST_CAPABILITY: (i32, i32) = (8, 0);
 const MOST_SHARED: sys::CUdevice_attribute =
     sys::CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN;
 
+const MEMORY_CLOCK_KHZ: sys::CUdevice_attribute =
+    sys::CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MEMORY_CLOCK_RATE;
+const MEMORY_BUS_BITS: sys::CUdevice_attribute =
+    sys::CUdevice_attribute::CU_DEVICE_ATTRIBUTE_GLOBAL_MEMORY_BUS_WIDTH;
 const MULTIPROCESSORS: sys::CUdevice_attribute =
     sys::CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT;
 
@@ -26,6 +30,7 @@ pub struct Gpu {
     shared_bytes: usize,
     multiprocessors: usize,
     memory_bytes: u64,
+    bytes_per_s: u64,
     allocated_bytes: AtomicU64,
     peak_bytes: AtomicU64,
 }
@@ -68,6 +73,13 @@ impl Gpu {
                 shared_bytes: context.attribute(MOST_SHARED)?.try_into().unwrap_or(0),
                 multiprocessors: context.attribute(MULTIPROCESSORS)?.try_into().unwrap_or(1),
                 memory_bytes: context.total_mem()? as u64,
+                bytes_per_s: {
+                    let clock_khz =
+                        u64::try_from(context.attribute(MEMORY_CLOCK_KHZ)?).unwrap_or(0);
+                    let bus_bits = u64::try_from(context.attribute(MEMORY_BUS_BITS)?).unwrap_or(0);
+                    // Two transfers a cycle.
+                    2 * 1000 * clock_khz * bus_bits / 8
+                },
                 context,
                 allocated_bytes: AtomicU64::new(0),
                 peak_bytes: AtomicU64::new(0),
@@ -94,6 +106,11 @@ impl Gpu {
     /// Bytes of memory it has.
     pub fn memory_bytes(&self) -> u64 {
         self.memory_bytes
+    }
+
+    /// Bytes a second that its memory carries by what the driver says of its clock and its width; 0 where it says nothing.
+    pub fn bytes_per_s(&self) -> u64 {
+        self.bytes_per_s
     }
 
     /// Most bytes that were ever allocated here.

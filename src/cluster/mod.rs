@@ -34,7 +34,7 @@ pub struct DeviceProfile {
     pub hostname: String,
     /// Memory of the host that this process may use.
     pub memory_bytes: u64,
-    /// `gpu_cores` of the cluster file, else the number of CPU cores.
+    /// `gpu_cores` of the cluster file, else the number of CPU cores, or as many as a GPU is worth.
     pub cores: u64,
     /// Most bytes the device should hold (`max_recommended_model_size_gb`), if known.
     pub max_model_bytes: Option<u64>,

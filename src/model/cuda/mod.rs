@@ -58,6 +58,11 @@ impl Cuda {
         self.gpu.name()
     }
 
+    /// Bytes a second that the GPU's memory carries, by what its driver says; 0 where that says nothing.
+    pub fn bytes_per_s(&self) -> u64 {
+        self.gpu.bytes_per_s()
+    }
+
     /// Bytes of its memory.
     pub fn memory_bytes(&self) -> u64 {
         self.gpu.memory_bytes()
