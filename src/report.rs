@@ -480,10 +480,34 @@ pub fn peak_rss_bytes() -> u64 {
     usage.ru_maxrss as u64 * unit
 }
 
+/// Counts the peak anew, from what is resident now, where the system does that (Linux).
+pub fn forget_peak_rss() {
+    if cfg!(target_os = "linux") {
+        // Where it is refused, the peak is that of the whole process.
+        let _ = std::fs::write("/proc/self/clear_refs", "5");
+    }
+}
+
 fn ratio(part: f64, whole: f64) -> f64 {
     if whole > 0.0 { part / whole } else { 0.0 }
 }
 
 fn gigabytes(bytes: u64) -> String {
     format!("{:.3} GB", bytes as f64 / 1e9)
+}
+
+#[cfg(all(test, target_os = "linux"))]
+mod tests {
+    use super::{forget_peak_rss, peak_rss_bytes};
+
+    #[test]
+    fn memory_that_was_given_back_before_the_peak_is_forgotten_is_no_part_of_it() {
+        const BYTES: usize = 400 << 20;
+        drop(std::hint::black_box(vec![1_u8; BYTES]));
+        let before = peak_rss_bytes();
+        assert!(before >= BYTES as u64, "{before}");
+        forget_peak_rss();
+        let after = peak_rss_bytes();
+        assert!(after < before - BYTES as u64 / 2, "{after} after {before}");
+    }
 }

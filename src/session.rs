@@ -272,6 +272,8 @@ fn costs(
         limit_bytes: own.map_or(0, |device| device.memory_limit_bytes),
     };
     let costs = calibrate::measure(&question, transport)?;
+    // What was made up is no part of the run's memory.
+    report::forget_peak_rss();
     // What later runs will read is what this one goes by, so that they come to the same plan.
     let kept = store.and_then(|store| match store.keep(&seats, &costs) {
         Ok(()) => store.find(&seats),
