@@ -79,7 +79,11 @@ impl Rig {
             options: &options.model,
             cluster: None,
             ranks: &ranks,
-            shape: &files.shape(WireDtype::F32, options.model.tied.into()),
+            shape: &files.shape(
+                WireDtype::F32,
+                options.model.kernels.into(),
+                options.model.tied.into(),
+            ),
             longest_context_tokens: files.longest_context_tokens(),
             wire_dtype: WireDtype::F32,
             costs: None,

@@ -1,6 +1,7 @@
 //! The command line, as types checked once. Defaults stand here and nowhere else; `--help` prints them.
 
 use crate::launcher;
+use crate::model::Caches;
 use crate::plan::{LayerRanges, Strategy, TiedTable};
 use crate::request::{Format, Sampling};
 use crate::stage::{DeviceChoice, KernelChoice};
@@ -460,6 +461,15 @@ pub enum KernelName {
 }
 
 impl From<KernelName> for KernelChoice {
+    fn from(name: KernelName) -> Self {
+        match name {
+            KernelName::Own => Self::Own,
+            KernelName::Mlx => Self::Mlx,
+        }
+    }
+}
+
+impl From<KernelName> for Caches {
     fn from(name: KernelName) -> Self {
         match name {
             KernelName::Own => Self::Own,

@@ -38,14 +38,15 @@ pub fn plan(options: &PlanOptions) -> Result<()> {
     let ranks =
         cluster::describe(file.as_ref(), ranks, &cluster::probe_local()?).map_err(Usage::of)?;
     let tied = options.model.tied.into();
+    let caches = options.model.kernels.into();
     let (wire_dtype, costs) = calibrated(&ranks, &options.model.kernels_label(), |wire_dtype| {
-        files.shape(wire_dtype, tied)
+        files.shape(wire_dtype, caches, tied)
     });
     let question = Question {
         options: &options.model,
         cluster: file.as_ref(),
         ranks: &ranks,
-        shape: &files.shape(wire_dtype, tied),
+        shape: &files.shape(wire_dtype, caches, tied),
         longest_context_tokens: files.longest_context_tokens(),
         wire_dtype,
         costs: costs.as_ref(),

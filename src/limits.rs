@@ -2,8 +2,8 @@
 //! kept busy by.
 
 use crate::cli::RunOptions;
-use crate::meeting::{Cluster, Place};
-use crate::model;
+use crate::meeting::Cluster;
+use crate::model::{self, Caches};
 use crate::plan::{Lookup, Plan};
 use crate::schedule::{BLOCK_TOKENS, Forks, Limits, PromptRows};
 
@@ -23,13 +23,9 @@ pub fn limits(options: &RunOptions, cluster: &Cluster, plan: &Plan) -> Limits {
     let steps_in_flight = options.steps_in_flight.map_or(ranks + 1, |n| n as usize);
     let sequences = max_batch.saturating_mul(steps_in_flight);
     let asked = options.model.max_sequences.unwrap_or(u64::MAX) as usize;
-    let forks = match cluster
-        .ranks
-        .iter()
-        .all(|place: &Place| place.shares_blocks)
-    {
-        true => Forks::Shared,
-        false => Forks::Copied {
+    let forks = match cluster.caches() {
+        Caches::Own => Forks::Shared,
+        Caches::Mlx => Forks::Copied {
             growth: model::MLX_CACHE_GROWTH_TOKENS.div_ceil(BLOCK_TOKENS),
         },
     };

@@ -7,7 +7,7 @@ use crate::cluster::{self, ClusterFile, DeviceProfile, RankDevice};
 use crate::cores;
 use crate::cost_store::Seat;
 use crate::launcher;
-use crate::model::{Kernels, ModelFiles};
+use crate::model::{Caches, Kernels, ModelFiles};
 use crate::plan::WireDtype;
 use crate::planning;
 use crate::stage::{self, Computer};
@@ -51,7 +51,7 @@ pub struct Place {
     /// `cpu` or `gpu`: what it computes on.
     pub device: String,
     /// Its caches hold once what sequences have in common.
-    pub shares_blocks: bool,
+    shares_blocks: bool,
 }
 
 impl Place {
@@ -171,6 +171,14 @@ impl Cluster {
     pub fn wire_dtype(&self, files: &ModelFiles) -> WireDtype {
         let devices = self.ranks.iter().map(|place| place.device.as_str());
         planning::wire_dtype(devices, files.native_dtype())
+    }
+
+    /// Whose caches the plan counts with: MLX's, which take no less, as soon as one rank has them.
+    pub fn caches(&self) -> Caches {
+        match self.ranks.iter().all(|place| place.shares_blocks) {
+            true => Caches::Own,
+            false => Caches::Mlx,
+        }
     }
 
     /// Each rank's device, as probed and as the cluster file has it.

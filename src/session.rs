@@ -248,7 +248,7 @@ fn costs(
     transport: &mut MpiTransport,
 ) -> Result<Option<Costs>, Failure> {
     let wire_dtype = cluster.wire_dtype(files);
-    let shape = files.shape(wire_dtype, options.model.tied.into());
+    let shape = files.shape(wire_dtype, cluster.caches(), options.model.tied.into());
     let store = match transport.rank() {
         0 => CostStore::of(&shape, wire_dtype),
         _ => None,
@@ -298,7 +298,7 @@ fn make_plan(
         options: &options.model,
         cluster: cluster.file.as_ref(),
         ranks: &ranks,
-        shape: &files.shape(wire_dtype, options.model.tied.into()),
+        shape: &files.shape(wire_dtype, cluster.caches(), options.model.tied.into()),
         longest_context_tokens: files.longest_context_tokens(),
         wire_dtype,
         costs,

@@ -2,8 +2,9 @@
 
 use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
 use mlx_pipe_kernels::{
-    Attention, FloatType, HeadShape, Isa, KvCache, Linear, Norm, PackedRows, Plain, PlainShape,
-    Pool, Quantized, QuantizedShape, Rotation, Rows, Span, Step, Weight, attend, multiply, wanted,
+    Attention, FloatType, HeadShape, Isa, Kept, KvCache, Linear, Norm, PackedRows, Plain,
+    PlainShape, Pool, Quantized, QuantizedShape, Rotation, Rows, Span, Step, Weight, attend,
+    multiply, wanted,
 };
 use std::time::Duration;
 
@@ -128,6 +129,7 @@ fn attention(criterion: &mut Criterion) {
         head_count: 16,
         kv_head_count: 8,
         head_dim: 128,
+        kept: Kept::I16,
     };
     let attention = Attention {
         shape,

@@ -6,7 +6,7 @@
 
 use crate::arch::{Kernel, LANES, Simd};
 use crate::isa::Isa;
-use crate::kv_cache::{BLOCK_TOKENS, HeadShape, KvCache, Places};
+use crate::kv_cache::{BLOCK_TOKENS, HeadShape, Kept, KvCache, LARGEST_KEPT, Number, Places};
 use crate::math::{exp, load_part, store_part};
 use crate::pool::Pool;
 use crate::rows::{Norm, normalise};
@@ -14,6 +14,9 @@ use crate::step::{Rotation, Span, Step};
 
 /// Rows of scores, one for each query and head, that a thread works on at a time.
 const ROWS: usize = 32;
+
+/// What a head's largest number is at least where it is kept in whole numbers: smaller ones count as zeros.
+const SMALLEST_KEPT: f32 = 1e-30;
 
 /// What no score reaches: its exponential is 0.
 const HIDDEN: f32 = -3.0e38;
@@ -177,6 +180,21 @@ impl Kernel for Keep<'_> {
 
     #[inline(always)]
     unsafe fn run<S: Simd>(self) {
+        // SAFETY: the caller's promise.
+        unsafe {
+            match self.task.attention.shape.kept {
+                Kept::F32 => self.keep::<S, f32>(),
+                Kept::I16 => self.keep::<S, i16>(),
+            }
+        }
+    }
+}
+
+impl Keep<'_> {
+    /// # Safety
+    /// The processor has `S`; the blocks hold `N`.
+    #[inline(always)]
+    unsafe fn keep<S: Simd, N: Number>(self) {
         let shape = self.task.attention.shape;
         let dim = shape.head_dim;
         let row = self.sequence.span.row + self.token;
@@ -196,7 +214,11 @@ impl Kernel for Keep<'_> {
             for head in 0..shape.head_count {
                 rotate::<S>(queries.add(head * dim), dim, q_norm, angles, scale);
             }
-            let block = self.sequence.own_block(position);
+            let words = self.sequence.own_block(position);
+            let block = words.cast::<N>();
+            // Of keys and of values; read and written where numbers are scaled only.
+            let of_keys = words.wrapping_add(shape.numbers_words());
+            let of_values = of_keys.wrapping_add(shape.kv_head_count * BLOCK_TOKENS);
             let slot = position % BLOCK_TOKENS;
             let keys = queries.add(shape.width());
             let values = keys.add(shape.kv_head_count * dim);
@@ -205,17 +227,96 @@ impl Kernel for Keep<'_> {
                 rotate::<S>(key, dim, k_norm, angles, 1.0);
                 let kept = block.add(head * dim * BLOCK_TOKENS);
                 let kept = kept.add(slot / LANES * dim * LANES + slot % LANES);
-                for column in 0..dim {
-                    *kept.add(column * LANES) = *key.add(column);
-                }
-                let kept = block.add(shape.keys_len() + head * BLOCK_TOKENS * shape.padded());
+                let mut numbers = [N::default(); LANES];
+                let inverse =
+                    scale_of::<S, N>(key, dim, of_keys.wrapping_add(head * BLOCK_TOKENS + slot));
                 for column in (0..dim).step_by(LANES) {
-                    let from = values.add(head * dim + column);
-                    let kept = kept.add(column * BLOCK_TOKENS + slot * LANES);
-                    std::ptr::copy_nonoverlapping(from, kept, LANES.min(dim - column));
+                    let left = LANES.min(dim - column);
+                    let part = scaled_part::<S, N>(key.add(column), left, inverse);
+                    N::store::<S>(numbers.as_mut_ptr(), part);
+                    for (lane, number) in numbers[..left].iter().enumerate() {
+                        *kept.add((column + lane) * LANES) = *number;
+                    }
+                }
+                // A head's values are whole vectors there: what is behind the last column is zero.
+                let value = values.add(head * dim);
+                let kept = block.add(shape.keys_len() + head * BLOCK_TOKENS * shape.padded());
+                let inverse = scale_of::<S, N>(
+                    value,
+                    dim,
+                    of_values.wrapping_add(head * BLOCK_TOKENS + slot),
+                );
+                for column in (0..dim).step_by(LANES) {
+                    let part = scaled_part::<S, N>(value.add(column), dim - column, inverse);
+                    N::store::<S>(kept.add(column * BLOCK_TOKENS + slot * LANES), part);
                 }
             }
         }
+    }
+}
+
+/// Puts down what a head's whole numbers are to be multiplied with, and returns what they come from by: its inverse.
+/// Where a number is not finite the scale is none, and so is what is computed with it. 1 for numbers that are kept as
+/// they are.
+///
+/// # Safety
+/// The processor has `S`; the head has `dim` elements, and a scale can be written where there are scales.
+#[inline(always)]
+unsafe fn scale_of<S: Simd, N: Number>(head: *const f32, dim: usize, scale: *mut f32) -> f32 {
+    if !N::IS_SCALED {
+        return 1.0;
+    }
+    // SAFETY: the caller's promise.
+    unsafe {
+        let mut largest = S::splat(0.0);
+        for column in (0..dim).step_by(LANES) {
+            let part = load_part::<S>(head.add(column), dim - column);
+            largest = S::max_magnitude(largest, part);
+        }
+        let mut lanes = [0f32; LANES];
+        S::store(lanes.as_mut_ptr(), largest);
+        let largest = lanes.iter().map(|lane| lane.to_bits()).max().unwrap_or(0);
+        let largest = f32::from_bits(largest);
+        let (of_head, inverse) = match largest {
+            _ if !largest.is_finite() => (f32::NAN, 0.0),
+            // Whose inverse, or itself over the largest number, would be none or inexact.
+            _ if largest < SMALLEST_KEPT => (0.0, 0.0),
+            _ => (largest / LARGEST_KEPT, LARGEST_KEPT / largest),
+        };
+        *scale = of_head;
+        inverse
+    }
+}
+
+/// The first `count` elements, at most sixteen, as they are kept.
+///
+/// # Safety
+/// The processor has `S`; there are so many elements.
+#[inline(always)]
+unsafe fn scaled_part<S: Simd, N: Number>(from: *const f32, count: usize, inverse: f32) -> S::F {
+    // SAFETY: the caller's promise.
+    unsafe {
+        let part = load_part::<S>(from, count);
+        if !N::IS_SCALED {
+            return part;
+        }
+        let limit = S::splat(LARGEST_KEPT);
+        let scaled = S::round(S::mul(part, S::splat(inverse)));
+        // The first operand of both is what may be no number.
+        S::min(S::max(scaled, S::sub(S::splat(0.0), limit)), limit)
+    }
+}
+
+/// Multiplies sixteen scores or weights each with its position's scale, where numbers have one.
+///
+/// # Safety
+/// The processor has `S`; there are sixteen of both.
+#[inline(always)]
+unsafe fn scaled<S: Simd, N: Number>(x: S::F, scales: *const f32) -> S::F {
+    match N::IS_SCALED {
+        // SAFETY: the caller's promise.
+        true => unsafe { S::mul(x, S::load(scales)) },
+        false => x,
     }
 }
 
@@ -280,6 +381,21 @@ impl Kernel for Attend<'_> {
 
     #[inline(always)]
     unsafe fn run<S: Simd>(self) {
+        // SAFETY: the caller's promise.
+        unsafe {
+            match self.task.attention.shape.kept {
+                Kept::F32 => self.attend::<S, f32>(),
+                Kept::I16 => self.attend::<S, i16>(),
+            }
+        }
+    }
+}
+
+impl Attend<'_> {
+    /// # Safety
+    /// The processor has `S`; the blocks hold `N`.
+    #[inline(always)]
+    unsafe fn attend<S: Simd, N: Number>(self) {
         let shape = self.task.attention.shape;
         let (group, padded) = (self.task.group(), shape.padded());
         let span = &self.unit.sequence.span;
@@ -308,14 +424,23 @@ impl Kernel for Attend<'_> {
             let count = BLOCK_TOKENS.min(seen - from);
             // SAFETY: blocks, rows and scratch are as long as the shape says.
             unsafe {
+                let of_keys = block.wrapping_add(shape.numbers_words());
+                let of_keys = of_keys.wrapping_add(self.unit.kv_head * BLOCK_TOKENS);
+                let of_scaled_values = of_keys.wrapping_add(shape.kv_head_count * BLOCK_TOKENS);
+                let block = block.cast::<N>();
                 let keys = block.add(self.unit.kv_head * shape.head_dim * BLOCK_TOKENS);
                 let of_values =
                     block.add(shape.keys_len() + self.unit.kv_head * BLOCK_TOKENS * padded);
-                score_block::<S>(&rows, keys, shape.head_dim, count, &mut scores);
+                score_block::<S, N>(&rows, (keys, of_keys), shape.head_dim, count, &mut scores);
                 for (row, scores) in rows.iter_mut().zip(scores.chunks_exact_mut(BLOCK_TOKENS)) {
                     soften::<S>(row, from, count, scores);
+                    for at in (0..count).step_by(LANES) {
+                        let weights = scores.as_mut_ptr().add(at);
+                        let scales = of_scaled_values.wrapping_add(at);
+                        S::store(weights, scaled::<S, N>(S::load(weights), scales));
+                    }
                 }
-                add_values::<S>(&rows, &scores, of_values, padded, count, &mut values);
+                add_values::<S, N>(&rows, &scores, of_values, padded, count, &mut values);
             }
         }
         for (index, (row, values)) in rows.iter().zip(values.chunks_exact(padded)).enumerate() {
@@ -340,11 +465,11 @@ impl Kernel for Attend<'_> {
 /// `scores[row][t] = query of row . key t` for the first `count` positions of a block, rounded up to vectors.
 ///
 /// # Safety
-/// The processor has `S`; `keys` is `[4, dim, 16]`, and the scores have 64 for each row.
+/// The processor has `S`; `keys` is `[4, dim, 16]`, with a scale for each position, and the scores have 64 for each row.
 #[inline(always)]
-unsafe fn score_block<S: Simd>(
+unsafe fn score_block<S: Simd, N: Number>(
     rows: &[Row],
-    keys: *const f32,
+    (keys, scales): (*const N, *const f32),
     dim: usize,
     count: usize,
     scores: &mut [f32],
@@ -359,11 +484,13 @@ unsafe fn score_block<S: Simd>(
                 scores.as_mut_ptr().add(at * BLOCK_TOKENS),
             );
             at += match left {
-                8.. if S::TILE >= 8 => score_tile::<S, 8>(rows, keys, dim, count, scores),
-                4.. => score_tile::<S, 4>(rows, keys, dim, count, scores),
-                3 => score_tile::<S, 3>(rows, keys, dim, count, scores),
-                2 => score_tile::<S, 2>(rows, keys, dim, count, scores),
-                _ => score_tile::<S, 1>(rows, keys, dim, count, scores),
+                8.. if S::TILE >= 8 => {
+                    score_tile::<S, N, 8>(rows, (keys, scales), dim, count, scores)
+                }
+                4.. => score_tile::<S, N, 4>(rows, (keys, scales), dim, count, scores),
+                3 => score_tile::<S, N, 3>(rows, (keys, scales), dim, count, scores),
+                2 => score_tile::<S, N, 2>(rows, (keys, scales), dim, count, scores),
+                _ => score_tile::<S, N, 1>(rows, (keys, scales), dim, count, scores),
             };
         }
     }
@@ -372,9 +499,9 @@ unsafe fn score_block<S: Simd>(
 /// # Safety
 /// As [`score_block`], for `TILE` rows.
 #[inline(always)]
-unsafe fn score_tile<S: Simd, const TILE: usize>(
+unsafe fn score_tile<S: Simd, N: Number, const TILE: usize>(
     rows: *const Row,
-    keys: *const f32,
+    (keys, scales): (*const N, *const f32),
     dim: usize,
     count: usize,
     scores: *mut f32,
@@ -389,12 +516,13 @@ unsafe fn score_tile<S: Simd, const TILE: usize>(
             let mut sums = [S::splat(0.0); TILE];
             let keys = keys.add(position * dim);
             for column in 0..dim {
-                let key = S::load(keys.add(column * LANES));
+                let key = N::load::<S>(keys.add(column * LANES));
                 for row in 0..TILE {
                     sums[row] = S::mul_add(S::splat(*queries[row].add(column)), key, sums[row]);
                 }
             }
             for (row, sum) in sums.into_iter().enumerate() {
+                let sum = scaled::<S, N>(sum, scales.wrapping_add(position));
                 S::store(scores.add(row * BLOCK_TOKENS + position), sum);
             }
         }
@@ -439,10 +567,10 @@ unsafe fn soften<S: Simd>(row: &mut Row, from: usize, count: usize, scores: &mut
 /// # Safety
 /// The processor has `S`; `of_block` is `[padded / 16, 64, 16]`, `values` `[rows, padded]`.
 #[inline(always)]
-unsafe fn add_values<S: Simd>(
+unsafe fn add_values<S: Simd, N: Number>(
     rows: &[Row],
     weights: &[f32],
-    of_block: *const f32,
+    of_block: *const N,
     padded: usize,
     count: usize,
     values: &mut [f32],
@@ -457,11 +585,11 @@ unsafe fn add_values<S: Simd>(
             let values = values.as_mut_ptr().add(at * padded);
             let block = (of_block, padded, count);
             at += match left {
-                8.. if S::TILE >= 8 => values_tile::<S, 8>(rows, weights, block, values),
-                4.. => values_tile::<S, 4>(rows, weights, block, values),
-                3 => values_tile::<S, 3>(rows, weights, block, values),
-                2 => values_tile::<S, 2>(rows, weights, block, values),
-                _ => values_tile::<S, 1>(rows, weights, block, values),
+                8.. if S::TILE >= 8 => values_tile::<S, N, 8>(rows, weights, block, values),
+                4.. => values_tile::<S, N, 4>(rows, weights, block, values),
+                3 => values_tile::<S, N, 3>(rows, weights, block, values),
+                2 => values_tile::<S, N, 2>(rows, weights, block, values),
+                _ => values_tile::<S, N, 1>(rows, weights, block, values),
             };
         }
     }
@@ -470,10 +598,10 @@ unsafe fn add_values<S: Simd>(
 /// # Safety
 /// As [`add_values`], for `TILE` rows.
 #[inline(always)]
-unsafe fn values_tile<S: Simd, const TILE: usize>(
+unsafe fn values_tile<S: Simd, N: Number, const TILE: usize>(
     rows: *const Row,
     weights: *const f32,
-    (of_block, padded, count): (*const f32, usize, usize),
+    (of_block, padded, count): (*const N, usize, usize),
     values: *mut f32,
 ) -> usize {
     // SAFETY: the caller's promise.
@@ -485,7 +613,7 @@ unsafe fn values_tile<S: Simd, const TILE: usize>(
                 *sum = S::mul(before, S::splat((*rows.add(row)).fade));
             }
             for position in 0..count {
-                let value = S::load(of_block.add(column * BLOCK_TOKENS + position * LANES));
+                let value = N::load::<S>(of_block.add(column * BLOCK_TOKENS + position * LANES));
                 for (row, sum) in sums.iter_mut().enumerate() {
                     let weight = S::splat(*weights.add(row * BLOCK_TOKENS + position));
                     *sum = S::mul_add(weight, value, *sum);

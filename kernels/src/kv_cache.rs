@@ -5,11 +5,74 @@
 //! Sequences that begin alike can hold the same blocks. A cache writes only to blocks that it holds alone: one that it
 //! shares is copied first, which costs nothing where whole blocks are shared, since what follows goes into new ones.
 
-use crate::arch::LANES;
+use crate::arch::{LANES, Simd};
 use std::sync::Arc;
 
 /// Positions of a block.
 pub const BLOCK_TOKENS: usize = 64;
+
+/// What keys and values are kept in. They are computed in f32 before and after.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Kept {
+    /// As they are.
+    F32,
+    /// As whole numbers of 16 bits, of which the largest of a head's key or value is 32767: half the memory, and an error
+    /// of a 65534th of that largest one at most.
+    I16,
+}
+
+/// The largest of the whole numbers.
+pub(crate) const LARGEST_KEPT: f32 = 32767.0;
+
+/// A number of a cache.
+pub(crate) trait Number: Copy + Default {
+    /// Whether it is a whole number, to be multiplied with its head's scale.
+    const IS_SCALED: bool;
+
+    /// Sixteen numbers.
+    ///
+    /// # Safety
+    /// The processor has `S`; there are sixteen numbers at `from`.
+    unsafe fn load<S: Simd>(from: *const Self) -> S::F;
+
+    /// Keeps sixteen numbers.
+    ///
+    /// # Safety
+    /// The processor has `S`; there is room for sixteen numbers at `to`.
+    unsafe fn store<S: Simd>(to: *mut Self, numbers: S::F);
+}
+
+impl Number for f32 {
+    const IS_SCALED: bool = false;
+
+    #[inline(always)]
+    unsafe fn load<S: Simd>(from: *const Self) -> S::F {
+        // SAFETY: the caller's promise.
+        unsafe { S::load(from) }
+    }
+
+    #[inline(always)]
+    unsafe fn store<S: Simd>(to: *mut Self, numbers: S::F) {
+        // SAFETY: the caller's promise.
+        unsafe { S::store(to, numbers) }
+    }
+}
+
+impl Number for i16 {
+    const IS_SCALED: bool = true;
+
+    #[inline(always)]
+    unsafe fn load<S: Simd>(from: *const Self) -> S::F {
+        // SAFETY: the caller's promise.
+        unsafe { S::load_i16(from) }
+    }
+
+    #[inline(always)]
+    unsafe fn store<S: Simd>(to: *mut Self, numbers: S::F) {
+        // SAFETY: the caller's promise.
+        unsafe { S::store_i16(to, numbers) }
+    }
+}
 
 /// Sizes of attention.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -20,6 +83,8 @@ pub struct HeadShape {
     pub kv_head_count: usize,
     /// Width of a head, even.
     pub head_dim: usize,
+    /// What keys and values are kept in.
+    pub kept: Kept,
 }
 
 impl HeadShape {
@@ -38,14 +103,28 @@ impl HeadShape {
         self.head_dim.next_multiple_of(LANES)
     }
 
-    /// Floats of a block's keys, `[kv_heads, 4, head_dim, 16 positions]`.
+    /// Numbers of a block's keys, `[kv_heads, 4, head_dim, 16 positions]`.
     pub(crate) fn keys_len(&self) -> usize {
         self.kv_head_count * self.head_dim * BLOCK_TOKENS
     }
 
-    /// Floats of a block: its keys, then its values, `[kv_heads, padded / 16, 64, 16 columns]`.
-    fn block_len(&self) -> usize {
-        self.keys_len() + self.kv_head_count * BLOCK_TOKENS * self.padded()
+    /// Words of 32 bits before a block's scales: its keys, then its values, `[kv_heads, padded / 16, 64, 16 columns]`.
+    pub(crate) fn numbers_words(&self) -> usize {
+        let numbers = self.keys_len() + self.kv_head_count * BLOCK_TOKENS * self.padded();
+        match self.kept {
+            Kept::F32 => numbers,
+            Kept::I16 => numbers / 2,
+        }
+    }
+
+    /// Words of 32 bits of a block: its numbers and, of whole ones, the scales of keys, then those of values,
+    /// `[kv_heads, 64]`.
+    fn block_words(&self) -> usize {
+        let scales = match self.kept {
+            Kept::F32 => 0,
+            Kept::I16 => 2 * self.kv_head_count * BLOCK_TOKENS,
+        };
+        self.numbers_words() + scales
     }
 }
 
@@ -105,9 +184,9 @@ impl KvCache {
         let is_own = |block: &Arc<_>| Arc::strong_count(block) == 1;
         self.blocks.extend(spare.into_iter().filter(is_own));
         if self.blocks.len() < blocks {
-            let block_len = self.shape.block_len();
+            let block_words = self.shape.block_words();
             // Zeros that the system gives untouched: threads touch them, as they come to write.
-            let block = || Arc::new(vec![0f32; block_len]);
+            let block = || Arc::new(vec![0f32; block_words]);
             self.blocks.resize_with(blocks, block);
         }
         self.length = length;

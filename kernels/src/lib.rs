@@ -38,7 +38,7 @@ mod tests;
 
 pub use attention::{Attention, attend};
 pub use isa::{Isa, VARIABLE};
-pub use kv_cache::{BLOCK_TOKENS, HeadShape, KvCache};
+pub use kv_cache::{BLOCK_TOKENS, HeadShape, Kept, KvCache};
 pub use layer::{Layer, Scratch};
 pub use linear::{Linear, Weight, multiply, multiply_gated, wanted};
 pub use plain::{Plain, PlainShape};

@@ -326,7 +326,11 @@ fn plan(
             options: &options.model,
             cluster: file.as_ref(),
             ranks: &ranks,
-            shape: &files.shape(wire_dtype, options.model.tied.into()),
+            shape: &files.shape(
+                wire_dtype,
+                options.model.kernels.into(),
+                options.model.tied.into(),
+            ),
             longest_context_tokens: files.longest_context_tokens(),
             wire_dtype,
             costs: None,

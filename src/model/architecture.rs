@@ -122,6 +122,15 @@ pub struct LayerSpec {
     pub down_proj: LinearSpec,
 }
 
+/// What keys and values are kept as.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct KvNumber {
+    /// Bytes of an element.
+    pub bytes: usize,
+    /// Bytes beside a head's elements, of each token.
+    pub scale_bytes: usize,
+}
+
 impl LayerSpec {
     /// All of its linear layers, in the order of the mathematics.
     pub fn linears(&self) -> [&LinearSpec; 7] {
@@ -247,9 +256,16 @@ impl Architecture {
         }
     }
 
-    /// Bytes of keys and values that one token takes in one layer, for elements of `element_bytes`.
-    pub fn kv_bytes_per_token_per_layer(&self, element_bytes: usize) -> u64 {
-        2 * (self.family.kv_head_count * self.family.head_dim * element_bytes) as u64
+    /// Whether the weights of all layers are quantised.
+    pub fn is_quantized(&self) -> bool {
+        let mut linears = self.layers.iter().flat_map(LayerSpec::linears);
+        linears.all(|linear| linear.quantized.is_some())
+    }
+
+    /// Bytes of keys and values that one token takes in one layer.
+    pub fn kv_bytes_per_token_per_layer(&self, number: KvNumber) -> u64 {
+        let head_bytes = self.family.head_dim * number.bytes + number.scale_bytes;
+        2 * (self.family.kv_head_count * head_bytes) as u64
     }
 }
 

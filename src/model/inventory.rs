@@ -2,7 +2,9 @@
 //! right shape and dtype, nothing else is, and how many bytes each part of the model weighs. Reads
 //! headers only; this is what the plan counts with.
 
-use super::architecture::{Architecture, ElementKind, HeadSpec, LayerSpec, LinearSpec, TensorSpec};
+use super::architecture::{
+    Architecture, ElementKind, HeadSpec, KvNumber, LayerSpec, LinearSpec, TensorSpec,
+};
 use super::weights::allowed_dtypes;
 use crate::checkpoint::{Headers, Listed, TensorInfo};
 use crate::plan::{Head, ModelShape, Stage};
@@ -121,12 +123,13 @@ impl Inventory {
         bytes.fold(0, u64::saturating_add)
     }
 
-    /// Bytes of each part as the checkpoint stores it; `kv_element_bytes` is the element size of cache and
-    /// activations, `tied_head` where a tied table is to stand.
+    /// Bytes of each part as the checkpoint stores it; `row_element_bytes` is the element size of activations,
+    /// `kv_number` what the cache keeps, `tied_head` where a tied table is to stand.
     pub fn shape(
         &self,
         architecture: &Architecture,
-        kv_element_bytes: usize,
+        row_element_bytes: usize,
+        kv_number: KvNumber,
         tied_head: Head,
     ) -> ModelShape {
         let layer_weights = architecture.layers.iter().map(matrix_weights);
@@ -140,9 +143,8 @@ impl Inventory {
                     bytes: self.head.bytes,
                 },
             },
-            kv_bytes_per_token_per_layer: architecture
-                .kv_bytes_per_token_per_layer(kv_element_bytes),
-            hidden_row_bytes: architecture.hidden_size.saturating_mul(kv_element_bytes) as u64,
+            kv_bytes_per_token_per_layer: architecture.kv_bytes_per_token_per_layer(kv_number),
+            hidden_row_bytes: architecture.hidden_size.saturating_mul(row_element_bytes) as u64,
             layer_weights: layer_weights.fold(0, u64::saturating_add),
         }
     }

@@ -27,13 +27,13 @@ mod rope;
 mod weights;
 
 pub use architecture::{
-    Architecture, ElementKind, Family, HeadSpec, LayerSpec, LinearSpec, NormSpec, RopeScaling,
-    TensorSpec,
+    Architecture, ElementKind, Family, HeadSpec, KvNumber, LayerSpec, LinearSpec, NormSpec,
+    RopeScaling, TensorSpec,
 };
 pub use cuda::{Cuda, compiler as cuda_compiler, devices as cuda_devices};
 pub use engine::{Engine, Entering, Kernels, Leaving, Left, Part, Parts, Wanted};
 pub use fields::{ConfigError, Fields};
-pub use files::{ModelFiles, ModelTexts, Outline};
+pub use files::{Caches, ModelFiles, ModelTexts, Outline};
 pub use generation::end_of_sequence_ids;
 pub use inventory::Inventory;
 pub use mlx_pipe_kernels::{BLOCK_TOKENS as OWN_CACHE_BLOCK_TOKENS, Span};

@@ -8,7 +8,7 @@ use super::weights::Weights;
 use anyhow::{Context, Result, anyhow, ensure};
 use mlx_pipe_kernels::primitive::{Compute, computed};
 use mlx_pipe_kernels::{
-    Attention, FloatType, HeadShape, Isa, KvCache, Layer, Linear, Norm, PackedRows, Plain,
+    Attention, FloatType, HeadShape, Isa, Kept, KvCache, Layer, Linear, Norm, PackedRows, Plain,
     PlainShape, Pool, Quantized, QuantizedShape, Rotation, Rows, Scratch, Span, Step, Weight,
     multiply, wanted,
 };
@@ -251,6 +251,11 @@ fn head_shape(architecture: &Architecture) -> HeadShape {
         head_count: architecture.head_count,
         kv_head_count: architecture.family.kv_head_count,
         head_dim: architecture.family.head_dim,
+        // As exact as what is computed with.
+        kept: match architecture.is_quantized() {
+            true => Kept::I16,
+            false => Kept::F32,
+        },
     }
 }
 

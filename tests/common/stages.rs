@@ -1,6 +1,6 @@
 //! A model whose stages run one after another in this process, passing each other the bytes that ranks would.
 
-use mlx_pipe::model::{Kernels, ModelFiles};
+use mlx_pipe::model::{Caches, Kernels, ModelFiles};
 use mlx_pipe::pipeline::Compute;
 use mlx_pipe::plan::{
     Device, LayerRanges, Plan, PlanRequest, Strategy, TiedTable, TimeSource, WireDtype, plan,
@@ -119,7 +119,7 @@ fn plan_of(files: &ModelFiles, cut: &[Range<usize>], dtype: WireDtype) -> Plan {
         cost: None,
     };
     plan(&PlanRequest {
-        shape: &files.shape(dtype, TiedTable::Both),
+        shape: &files.shape(dtype, Caches::Own, TiedTable::Both),
         devices: &vec![device; cut.len()],
         strategy: Strategy::Manual(LayerRanges(cut.to_vec())),
         context_tokens: 512,

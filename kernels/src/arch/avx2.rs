@@ -90,6 +90,24 @@ unsafe impl Simd for Avx2 {
         }
     }
     #[inline(always)]
+    unsafe fn load_i16(from: *const i16) -> F {
+        unsafe {
+            let low = _mm256_cvtepi16_epi32(_mm_loadu_si128(from.cast()));
+            let high = _mm256_cvtepi16_epi32(_mm_loadu_si128(from.add(8).cast()));
+            F(_mm256_cvtepi32_ps(low), _mm256_cvtepi32_ps(high))
+        }
+    }
+    #[inline(always)]
+    unsafe fn store_i16(to: *mut i16, value: F) {
+        unsafe {
+            let (low, high) = (_mm256_cvtps_epi32(value.0), _mm256_cvtps_epi32(value.1));
+            // Of each half of a register: brought back into order.
+            let mixed = _mm256_packs_epi32(low, high);
+            let whole = _mm256_permute4x64_epi64::<0b11_01_10_00>(mixed);
+            _mm256_storeu_si256(to.cast(), whole);
+        }
+    }
+    #[inline(always)]
     unsafe fn add(a: F, b: F) -> F {
         unsafe { F(_mm256_add_ps(a.0, b.0), _mm256_add_ps(a.1, b.1)) }
     }

@@ -74,6 +74,17 @@ unsafe impl Simd for Avx512 {
         unsafe { _mm512_storeu_ps(to, value) }
     }
     #[inline(always)]
+    unsafe fn load_i16(from: *const i16) -> __m512 {
+        unsafe { _mm512_cvtepi32_ps(_mm512_cvtepi16_epi32(_mm256_loadu_si256(from.cast()))) }
+    }
+    #[inline(always)]
+    unsafe fn store_i16(to: *mut i16, value: __m512) {
+        unsafe {
+            let whole = _mm512_cvtsepi32_epi16(_mm512_cvtps_epi32(value));
+            _mm256_storeu_si256(to.cast(), whole);
+        }
+    }
+    #[inline(always)]
     unsafe fn add(a: __m512, b: __m512) -> __m512 {
         unsafe { _mm512_add_ps(a, b) }
     }

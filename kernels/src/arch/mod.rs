@@ -49,6 +49,9 @@ pub unsafe trait Simd: Copy + Send + Sync + 'static {
     unsafe fn load_f16(from: *const u16) -> Self::F;
     unsafe fn load_bf16(from: *const u16) -> Self::F;
     unsafe fn store(to: *mut f32, value: Self::F);
+    unsafe fn load_i16(from: *const i16) -> Self::F;
+    /// Whole numbers that 16 bits have; of anything else, anything.
+    unsafe fn store_i16(to: *mut i16, value: Self::F);
     unsafe fn add(a: Self::F, b: Self::F) -> Self::F;
     unsafe fn sub(a: Self::F, b: Self::F) -> Self::F;
     unsafe fn mul(a: Self::F, b: Self::F) -> Self::F;

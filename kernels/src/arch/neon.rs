@@ -185,6 +185,18 @@ unsafe impl<const I8MM: bool> Simd for Lanes<I8MM> {
         }
     }
     #[inline(always)]
+    unsafe fn load_i16(from: *const i16) -> F {
+        unsafe { from_fn(|part| vcvtq_f32_s32(vmovl_s16(vld1_s16(from.add(4 * part))))) }
+    }
+    #[inline(always)]
+    unsafe fn store_i16(to: *mut i16, value: F) {
+        unsafe {
+            for (part, four) in value.into_iter().enumerate() {
+                vst1_s16(to.add(4 * part), vqmovn_s32(vcvtnq_s32_f32(four)));
+            }
+        }
+    }
+    #[inline(always)]
     unsafe fn add(a: F, b: F) -> F {
         pairs(a, b, |a, b| unsafe { vaddq_f32(a, b) })
     }

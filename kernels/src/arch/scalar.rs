@@ -65,6 +65,20 @@ unsafe impl Simd for Scalar {
         unsafe { to.cast::<Self::F>().write_unaligned(value) }
     }
     #[inline(always)]
+    unsafe fn load_i16(from: *const i16) -> Self::F {
+        // SAFETY: the caller's promise.
+        let whole = unsafe { from.cast::<[i16; LANES]>().read_unaligned() };
+        whole.map(f32::from)
+    }
+    #[inline(always)]
+    unsafe fn store_i16(to: *mut i16, value: Self::F) {
+        // SAFETY: the caller's promise.
+        unsafe {
+            to.cast::<[i16; LANES]>()
+                .write_unaligned(value.map(|value| value as i16))
+        }
+    }
+    #[inline(always)]
     unsafe fn add(a: Self::F, b: Self::F) -> Self::F {
         pairs(a, b, |a, b| a + b)
     }

@@ -17,7 +17,14 @@ impl Kernel for Floats<'_> {
         unsafe {
             let [a, b, c] = self.0.map(|lanes| S::load(lanes.as_ptr()));
             let limit = self.0[1][0];
+            let mut whole = [0; LANES];
+            let limit_of_i16 = f32::from(i16::MAX);
+            let number = |bits: u32| f32::from(bits as i16).max(-limit_of_i16);
+            let numbers = self.0[0].map(|a| number(a.to_bits() ^ a.to_bits() >> 16));
+            S::store_i16(whole.as_mut_ptr(), S::load(numbers.as_ptr()));
+            assert_eq!(whole.map(f32::from), numbers);
             let results = [
+                S::load_i16(whole.as_ptr()),
                 a,
                 S::splat(limit),
                 S::load_f16(halves.as_ptr()),
