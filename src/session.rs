@@ -71,6 +71,7 @@ pub fn run(options: &RunOptions, server_options: Option<&ServerOptions>) -> u8 {
 pub fn join(verbose: u8) -> Result<(MpiTransport, Instant), u8> {
     let started = Instant::now();
     cores::undo_default_binding();
+    wait::sleep_exactly();
     if cores::usable() >= 2 * launcher::seat().ranks {
         wait::look_often();
     }

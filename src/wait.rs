@@ -128,11 +128,14 @@ pub fn end_on_signals() -> Result<()> {
 /// Whether there are so many cores that looking often takes none from who computes.
 static HAS_CORES: AtomicBool = AtomicBool::new(false);
 
-/// Lets waits begin with looking only, and this thread, and those that it starts later, sleep as briefly as they ask to:
-/// Linux lets sleeps last 50 us longer unless told otherwise. For hosts with cores to spare: elsewhere who looks takes
-/// time from who computes.
+/// Lets waits begin with looking only. For hosts with cores to spare: elsewhere who looks takes time from who computes.
 pub fn look_often() {
     HAS_CORES.store(true, Ordering::Relaxed);
+}
+
+/// Lets this thread, and those that it starts later, sleep as briefly as they ask to: Linux lets sleeps last 50 us longer
+/// unless told otherwise.
+pub fn sleep_exactly() {
     #[cfg(target_os = "linux")]
     {
         let nanoseconds: libc::c_ulong = 1_000;
