@@ -92,11 +92,9 @@ fn devices(
     let (rank, seats) = (transport.rank(), question.seats);
     let mut bench = Bench::new(question, transport.size());
     let mut own = None;
-    for turn in 0..seats.len() {
-        // Gone through by all ranks as often: the seats are the same on all.
-        if !(0..seats.len()).any(|rank| turn_of(seats, rank) == turn) {
-            break;
-        }
+    // As many on all ranks, which all know all seats.
+    let last_turn = (0..seats.len()).map(|rank| turn_of(seats, rank)).max();
+    for turn in 0..=last_turn.unwrap_or(0) {
         let first = first_of(seats, rank);
         let alone = match first == rank && turn_of(seats, rank) == turn {
             true => bench.alone().map(Some),

@@ -50,8 +50,8 @@ pub struct Place {
     profile: DeviceProfile,
     /// `cpu` or `gpu`: what it computes on.
     pub device: String,
-    /// Its caches hold once what sequences have in common.
-    shares_blocks: bool,
+    /// Its caches are this program's.
+    has_own_caches: bool,
 }
 
 impl Place {
@@ -112,7 +112,7 @@ impl Introduction {
             place: Place {
                 profile,
                 device: computer.kind.to_owned(),
-                shares_blocks: matches!(computer.kernels, Kernels::Own(_) | Kernels::Cuda(_)),
+                has_own_caches: matches!(computer.kernels, Kernels::Own(_) | Kernels::Cuda(_)),
             },
             options: options.shared_options(),
             cluster_file,
@@ -175,7 +175,7 @@ impl Cluster {
 
     /// Whose caches the plan counts with: MLX's, which take no less, as soon as one rank has them.
     pub fn caches(&self) -> Caches {
-        match self.ranks.iter().all(|place| place.shares_blocks) {
+        match self.ranks.iter().all(|place| place.has_own_caches) {
             true => Caches::Own,
             false => Caches::Mlx,
         }

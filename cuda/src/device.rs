@@ -74,9 +74,10 @@ impl Gpu {
                 multiprocessors: context.attribute(MULTIPROCESSORS)?.try_into().unwrap_or(1),
                 memory_bytes: context.total_mem()? as u64,
                 bytes_per_s: {
-                    let clock_khz =
-                        u64::try_from(context.attribute(MEMORY_CLOCK_KHZ)?).unwrap_or(0);
-                    let bus_bits = u64::try_from(context.attribute(MEMORY_BUS_BITS)?).unwrap_or(0);
+                    // A driver may have stopped telling: the numbers are good for a guess only.
+                    let number = |attribute| context.attribute(attribute).ok()?.try_into().ok();
+                    let clock_khz: u64 = number(MEMORY_CLOCK_KHZ).unwrap_or(0);
+                    let bus_bits: u64 = number(MEMORY_BUS_BITS).unwrap_or(0);
                     // Two transfers a cycle.
                     2 * 1000 * clock_khz * bus_bits / 8
                 },

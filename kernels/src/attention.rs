@@ -7,16 +7,13 @@
 use crate::arch::{Kernel, LANES, Simd};
 use crate::isa::Isa;
 use crate::kv_cache::{BLOCK_TOKENS, HeadShape, Kept, KvCache, LARGEST_KEPT, Number, Places};
-use crate::math::{exp, load_part, store_part};
+use crate::math::{exp, load_part, scale_to, store_part, whole_numbers};
 use crate::pool::Pool;
 use crate::rows::{Norm, normalise};
 use crate::step::{Rotation, Span, Step};
 
 /// Rows of scores, one for each query and head, that a thread works on at a time.
 const ROWS: usize = 32;
-
-/// What a head's largest number is at least where it is kept in whole numbers: smaller ones count as zeros.
-const SMALLEST_KEPT: f32 = 1e-30;
 
 /// What no score reaches: its exponential is 0.
 const HIDDEN: f32 = -3.0e38;
@@ -268,21 +265,7 @@ unsafe fn scale_of<S: Simd, N: Number>(head: *const f32, dim: usize, scale: *mut
     }
     // SAFETY: the caller's promise.
     unsafe {
-        let mut largest = S::splat(0.0);
-        for column in (0..dim).step_by(LANES) {
-            let part = load_part::<S>(head.add(column), dim - column);
-            largest = S::max_magnitude(largest, part);
-        }
-        let mut lanes = [0f32; LANES];
-        S::store(lanes.as_mut_ptr(), largest);
-        let largest = lanes.iter().map(|lane| lane.to_bits()).max().unwrap_or(0);
-        let largest = f32::from_bits(largest);
-        let (of_head, inverse) = match largest {
-            _ if !largest.is_finite() => (f32::NAN, 0.0),
-            // Whose inverse, or itself over the largest number, would be none or inexact.
-            _ if largest < SMALLEST_KEPT => (0.0, 0.0),
-            _ => (largest / LARGEST_KEPT, LARGEST_KEPT / largest),
-        };
+        let (of_head, inverse) = scale_to::<S>(head, dim, LARGEST_KEPT);
         *scale = of_head;
         inverse
     }
@@ -297,13 +280,10 @@ unsafe fn scaled_part<S: Simd, N: Number>(from: *const f32, count: usize, invers
     // SAFETY: the caller's promise.
     unsafe {
         let part = load_part::<S>(from, count);
-        if !N::IS_SCALED {
-            return part;
+        match N::IS_SCALED {
+            true => whole_numbers::<S>(part, inverse, LARGEST_KEPT),
+            false => part,
         }
-        let limit = S::splat(LARGEST_KEPT);
-        let scaled = S::round(S::mul(part, S::splat(inverse)));
-        // The first operand of both is what may be no number.
-        S::min(S::max(scaled, S::sub(S::splat(0.0), limit)), limit)
     }
 }
 

@@ -36,6 +36,49 @@ pub unsafe fn store_part<S: Simd>(to: *mut f32, count: usize, value: S::F) {
     }
 }
 
+/// Less than this is taken for zero: its reciprocal would overflow.
+const SMALLEST: f32 = 1e-30;
+
+/// What whole numbers up to `largest_whole` are multiplied with to be about these elements, and what the elements are
+/// multiplied with to be whole numbers. Where one is not finite the former is no number.
+///
+/// # Safety
+/// The processor has `S`; `x` has `count` elements.
+#[inline(always)]
+pub unsafe fn scale_to<S: Simd>(x: *const f32, count: usize, largest_whole: f32) -> (f32, f32) {
+    // SAFETY: the caller's promise.
+    unsafe {
+        let mut largest = S::splat(0.0);
+        for at in (0..count).step_by(LANES) {
+            largest = S::max_magnitude(largest, load_part::<S>(x.add(at), count - at));
+        }
+        let mut lanes = [0f32; LANES];
+        S::store(lanes.as_mut_ptr(), largest);
+        let largest = lanes.iter().map(|lane| lane.to_bits()).max().unwrap_or(0);
+        let largest = f32::from_bits(largest);
+        match largest {
+            _ if !largest.is_finite() => (f32::NAN, 0.0),
+            _ if largest < SMALLEST => (0.0, 0.0),
+            _ => (largest / largest_whole, largest_whole / largest),
+        }
+    }
+}
+
+/// Elements as whole numbers of at most this magnitude, by the second number of [`scale_to`].
+///
+/// # Safety
+/// The processor has `S`.
+#[inline(always)]
+pub unsafe fn whole_numbers<S: Simd>(x: S::F, inverse: f32, largest_whole: f32) -> S::F {
+    // SAFETY: the caller's promise.
+    unsafe {
+        let limit = S::splat(largest_whole);
+        let scaled = S::round(S::mul(x, S::splat(inverse)));
+        // The first operand of both is what may be no number.
+        S::min(S::max(scaled, S::sub(S::splat(0.0), limit)), limit)
+    }
+}
+
 /// Below this, e^x is less than what a normal f32 can hold; [`exp`] gives 0.
 const LOWEST: f32 = -87.0;
 

@@ -7,11 +7,8 @@
 
 use crate::arch::{Kernel, LANES, LARGEST_QUANTUM, QUAD_BYTES, Simd};
 use crate::isa::Isa;
-use crate::math::{inverse_rms, load_part, store_part};
+use crate::math::{inverse_rms, load_part, scale_to, store_part, whole_numbers};
 use crate::pool::Pool;
-
-/// Less than this is taken for zero: its reciprocal would overflow.
-const SMALLEST: f32 = 1e-30;
 
 /// The largest tile, and a multiple of all.
 pub(crate) const MOST_TILE: usize = 8;
@@ -301,25 +298,10 @@ unsafe fn quantize<S: Simd>(
 ) -> [f32; 3] {
     // SAFETY: the caller's promise.
     unsafe {
-        let mut largest = S::splat(0.0);
-        for at in (0..count).step_by(LANES) {
-            largest = S::max_magnitude(largest, S::load(x.add(at)));
-        }
-        let mut lanes = [0f32; LANES];
-        S::store(lanes.as_mut_ptr(), largest);
-        let largest = lanes.iter().map(|lane| lane.to_bits()).max().unwrap_or(0);
-        let largest = f32::from_bits(largest);
-        let (scale, inverse) = match largest {
-            _ if !largest.is_finite() => (f32::NAN, 0.0),
-            _ if largest < SMALLEST => (0.0, 0.0),
-            _ => (largest / LARGEST_QUANTUM, LARGEST_QUANTUM / largest),
-        };
-        let limit = S::splat(LARGEST_QUANTUM);
+        let (scale, inverse) = scale_to::<S>(x, count, LARGEST_QUANTUM);
         let mut sum = S::splat(0.0);
         for at in (0..count).step_by(LANES) {
-            let scaled = S::round(S::mul(S::load(x.add(at)), S::splat(inverse)));
-            // The first operand of both is what may be no number.
-            let whole = S::min(S::max(scaled, S::sub(S::splat(0.0), limit)), limit);
+            let whole = whole_numbers::<S>(S::load(x.add(at)), inverse, LARGEST_QUANTUM);
             sum = S::add(sum, whole);
             let mut packed = [[0u8; QUAD_BYTES]; LANES / 4];
             S::pack(whole, packed.as_mut_ptr().cast());

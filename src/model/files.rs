@@ -2,12 +2,12 @@
 //! other. No tensor is read here, so `plan` works where the weights would not fit, and with
 //! [`Outline`] even where they are not.
 
-use super::architecture::{Architecture, KvNumber};
+use super::architecture::Architecture;
 use super::generation::end_of_sequence_ids;
-use super::inventory::Inventory;
+use super::inventory::{Caches, Inventory};
 use crate::bounded_file;
 use crate::checkpoint::{Checkpoint, HeaderTexts, Headers, Listed};
-use crate::plan::{Head, ModelShape, TiedTable, WireDtype};
+use crate::plan::{ModelShape, TiedTable, WireDtype};
 use anyhow::{Context, Result, bail};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
@@ -99,13 +99,8 @@ impl ModelFiles {
     /// Bytes of every part of the model, for activations in `wire_dtype`; `tied` says where a tied table stands, once if
     /// the plan is to choose.
     pub fn shape(&self, wire_dtype: WireDtype, caches: Caches, tied: TiedTable) -> ModelShape {
-        shape(
-            &self.architecture,
-            &self.inventory,
-            wire_dtype,
-            caches,
-            tied,
-        )
+        self.inventory
+            .shape(&self.architecture, wire_dtype, caches, tied)
     }
 
     /// Longest sequence that the model was made for, tokens.
@@ -127,16 +122,6 @@ impl ModelFiles {
             _ => WireDtype::F32,
         }
     }
-}
-
-/// Whose caches keys and values are kept in.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Caches {
-    /// This program's, on CPUs and NVIDIA GPUs: whole numbers of 16 bits and a scale for each head where weights are
-    /// quantised and activations f32, and once what sequences have in common.
-    Own,
-    /// MLX's: numbers of the dtype that is computed in.
-    Mlx,
 }
 
 /// What a plan needs of a checkpoint, whose weights may be elsewhere: `config.json`, and the headers of the
@@ -178,44 +163,14 @@ impl Outline {
 
     /// As [`ModelFiles::shape`].
     pub fn shape(&self, wire_dtype: WireDtype, caches: Caches, tied: TiedTable) -> ModelShape {
-        shape(
-            &self.architecture,
-            &self.inventory,
-            wire_dtype,
-            caches,
-            tied,
-        )
+        self.inventory
+            .shape(&self.architecture, wire_dtype, caches, tied)
     }
 
     /// As [`ModelFiles::longest_context_tokens`].
     pub fn longest_context_tokens(&self) -> u64 {
         self.architecture.family.context_tokens as u64
     }
-}
-
-fn shape(
-    architecture: &Architecture,
-    inventory: &Inventory,
-    wire_dtype: WireDtype,
-    caches: Caches,
-    tied: TiedTable,
-) -> ModelShape {
-    let tied_head = match tied {
-        TiedTable::Once | TiedTable::Auto => Head::TiedOnce,
-        TiedTable::Both => Head::Tied,
-    };
-    let row_element_bytes = wire_dtype.size_bytes();
-    let kv_number = match (caches, wire_dtype) {
-        (Caches::Own, WireDtype::F32) if architecture.is_quantized() => KvNumber {
-            bytes: size_of::<i16>(),
-            scale_bytes: size_of::<f32>(),
-        },
-        _ => KvNumber {
-            bytes: row_element_bytes,
-            scale_bytes: 0,
-        },
-    };
-    inventory.shape(architecture, row_element_bytes, kv_number, tied_head)
 }
 
 /// Opening the checkpoint would wait for ever if its index were a pipe.

@@ -7,10 +7,20 @@ use super::architecture::{
 };
 use super::weights::allowed_dtypes;
 use crate::checkpoint::{Headers, Listed, TensorInfo};
-use crate::plan::{Head, ModelShape, Stage};
+use crate::plan::{Head, ModelShape, Stage, TiedTable, WireDtype};
 use anyhow::{Result, bail};
 use safetensors::Dtype;
 use std::collections::BTreeSet;
+
+/// Whose caches keys and values are kept in.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Caches {
+    /// This program's, on CPUs and NVIDIA GPUs: whole numbers of 16 bits and a scale for each head where weights are
+    /// quantised and activations f32, and once what sequences have in common.
+    Own,
+    /// MLX's: numbers of the dtype that is computed in.
+    Mlx,
+}
 
 /// The tensors of each part of the model, all of them proven to be in the checkpoint.
 #[derive(Debug)]
@@ -123,15 +133,29 @@ impl Inventory {
         bytes.fold(0, u64::saturating_add)
     }
 
-    /// Bytes of each part as the checkpoint stores it; `row_element_bytes` is the element size of activations,
-    /// `kv_number` what the cache keeps, `tied_head` where a tied table is to stand.
+    /// Bytes of each part as the checkpoint stores it, of a row of activations in `wire_dtype`, and of what these
+    /// caches keep; `tied` says where a tied table stands, once if the plan is to choose.
     pub fn shape(
         &self,
         architecture: &Architecture,
-        row_element_bytes: usize,
-        kv_number: KvNumber,
-        tied_head: Head,
+        wire_dtype: WireDtype,
+        caches: Caches,
+        tied: TiedTable,
     ) -> ModelShape {
+        let tied_head = match tied {
+            TiedTable::Once | TiedTable::Auto => Head::TiedOnce,
+            TiedTable::Both => Head::Tied,
+        };
+        let kv_number = match (caches, wire_dtype) {
+            (Caches::Own, WireDtype::F32) if architecture.is_quantized() => KvNumber {
+                bytes: size_of::<i16>(),
+                scale_bytes: size_of::<f32>(),
+            },
+            _ => KvNumber {
+                bytes: wire_dtype.size_bytes(),
+                scale_bytes: 0,
+            },
+        };
         let layer_weights = architecture.layers.iter().map(matrix_weights);
         ModelShape {
             layer_bytes: self.layers.iter().map(|layer| layer.bytes).collect(),
@@ -144,7 +168,9 @@ impl Inventory {
                 },
             },
             kv_bytes_per_token_per_layer: architecture.kv_bytes_per_token_per_layer(kv_number),
-            hidden_row_bytes: architecture.hidden_size.saturating_mul(row_element_bytes) as u64,
+            hidden_row_bytes: architecture
+                .hidden_size
+                .saturating_mul(wire_dtype.size_bytes()) as u64,
             layer_weights: layer_weights.fold(0, u64::saturating_add),
         }
     }

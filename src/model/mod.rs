@@ -33,9 +33,9 @@ pub use architecture::{
 pub use cuda::{Cuda, compiler as cuda_compiler, devices as cuda_devices};
 pub use engine::{Engine, Entering, Kernels, Leaving, Left, Part, Parts, Wanted};
 pub use fields::{ConfigError, Fields};
-pub use files::{Caches, ModelFiles, ModelTexts, Outline};
+pub use files::{ModelFiles, ModelTexts, Outline};
 pub use generation::end_of_sequence_ids;
-pub use inventory::Inventory;
+pub use inventory::{Caches, Inventory};
 pub use mlx_pipe_kernels::{BLOCK_TOKENS as OWN_CACHE_BLOCK_TOKENS, Span};
 pub use own::Machine;
 pub use quantization::{Affine, Quantization};

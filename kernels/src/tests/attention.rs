@@ -385,3 +385,19 @@ fn scores_far_apart_leave_one_value() {
         assert!(relative_error(&found, &exact) < 1e-5);
     }
 }
+
+/// A value that holds what is no number gives none to those that see it.
+#[test]
+fn what_is_no_number_among_whole_numbers_stays_none() {
+    for bad in [f32::NAN, f32::INFINITY] {
+        let (attention, mut own, _) = filled(0);
+        let width = attention.shape.qkv_width();
+        own.qkv[20 * width + 24] = bad;
+        for isa in Isa::available() {
+            let mut cache = KvCache::new(attention.shape);
+            let found = step(isa, 1, &attention, &[(&own, 0..40)], &mut [&mut cache]);
+            let since = &found[20 * attention.shape.width()..];
+            assert!(since.iter().all(|x| x.is_nan()), "{bad}, {}", isa.name());
+        }
+    }
+}
