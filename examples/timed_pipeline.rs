@@ -11,6 +11,7 @@ use mlx_pipe::sampler::Scores;
 use mlx_pipe::schedule::{Forks, Limits, Prompt, PromptRows, Schedule};
 use mlx_pipe::stage::Output;
 use mlx_pipe::transport::{MpiTransport, Transport};
+use mlx_pipe::wait::Rest;
 use mlx_pipe::wire::{SampleParams, SampledToken, Step};
 use std::time::{Duration, Instant};
 
@@ -41,6 +42,8 @@ struct List {
     tokens: usize,
     remaining: Vec<usize>,
 }
+
+impl Rest for List {}
 
 impl Feed for List {
     fn next(&mut self) -> Result<Next> {

@@ -20,6 +20,7 @@
 #![deny(missing_docs)]
 
 pub mod agree;
+pub mod bell;
 pub mod bounded_file;
 pub mod calibrate;
 pub mod checkpoint;

@@ -67,6 +67,8 @@ struct Introduction {
     version: String,
     place: Place,
     options: Vec<(String, String)>,
+    /// The port of its bell, for the ranks of its host.
+    bell_port: Option<u16>,
     /// Path and text of the cluster file, and what names a model; those of rank 0 count.
     cluster_file: Option<(PathBuf, String)>,
     model: Option<String>,
@@ -115,6 +117,7 @@ impl Introduction {
                 has_own_caches: matches!(computer.kernels, Kernels::Own(_) | Kernels::Cuda(_)),
             },
             options: options.shared_options(),
+            bell_port: None,
             cluster_file,
             model: options.model.model.clone(),
             model_of_environment: cli::model_of_environment(),
@@ -136,7 +139,10 @@ impl Cluster {
     /// A rank that does not come, or ranks of different versions or options; a bad cluster file, or no model.
     pub fn meet(options: &RunOptions, transport: &mut MpiTransport) -> Result<Self, Failure> {
         let (kernels, local) = match introduce(options, transport.rank()) {
-            Ok((kernels, local)) => (Some(kernels), Ok(local)),
+            Ok((kernels, mut local)) => {
+                local.bell_port = transport.bell_port();
+                (Some(kernels), Ok(local))
+            }
             Err(error) => (None, Err(error)),
         };
         let all = agree::gather(transport, local, Some(MEETING_LIMIT))?;
@@ -156,6 +162,9 @@ impl Cluster {
             .map(|rank| (rank.place.host(), &rank.options[..]))
             .collect();
         agree::same_options(&of_ranks)?;
+        let own_host = all[transport.rank()].place.host();
+        let port = |rank: &Introduction| rank.bell_port.filter(|_| rank.place.host() == own_host);
+        transport.meet_neighbours(all.iter().map(port).collect());
         let chosen = all.first().context("a run has a rank 0").and_then(choose);
         let (file, model) = agree::all_succeeded(transport, chosen)?;
         Ok(Self {

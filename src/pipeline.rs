@@ -11,11 +11,10 @@ use crate::schedule::{Prompt, Schedule};
 use crate::stage::Output;
 use crate::trace::{Part, Recorder};
 use crate::transport::{Kind, Transport};
-use crate::wait::{self, Patience};
+use crate::wait::{self, Patience, Rest};
 use crate::wire::{self, Frame, Load, Sampled, SampledToken, Step};
 use anyhow::{Context, Result, bail, ensure};
 use std::collections::{HashMap, VecDeque};
-use std::thread;
 use std::time::{Duration, Instant};
 use tracing::debug;
 
@@ -56,7 +55,7 @@ impl Rows {
 }
 
 /// What rank 0 is asked to generate, and where the tokens go.
-pub trait Feed {
+pub trait Feed: Rest {
     /// The next prompt; returns at once.
     fn next(&mut self) -> Result<Next>;
 
@@ -71,11 +70,6 @@ pub trait Feed {
     /// Is told with every step how many sequences have begun and not ended, and how many tokens of prompts went into
     /// steps so far.
     fn runs(&mut self, _sequences: usize, _prompt_tokens: u64) {}
-
-    /// Lets up to so much time pass in which there is nothing to do; returns early if something has come.
-    fn rest(&mut self, pause: Duration) {
-        thread::sleep(pause);
-    }
 
     /// Whether somebody wants to see how busy the ranks are.
     fn is_watched(&self) -> bool {
@@ -338,8 +332,7 @@ impl<T: Transport, C: Compute> Worker<T, C> {
     /// Lets time pass in which there is nothing to do.
     fn pause<F: Feed>(&mut self, leading: &mut Leading<F>, limit: Duration) -> Result<()> {
         if leading.is_idle() {
-            let feed = &mut *leading.feed;
-            return Ok(leading.patience.pause_by(|pause| feed.rest(pause))?);
+            return Ok(leading.patience.pause(leading.feed)?);
         }
         let patience = &mut leading.patience;
         if patience.elapsed() > limit {
@@ -354,7 +347,7 @@ impl<T: Transport, C: Compute> Worker<T, C> {
             );
         }
         let waiting = Instant::now();
-        patience.pause_for_answer()?;
+        patience.pause_for_answer(&mut self.transport)?;
         self.counters.wait += waiting.elapsed();
         Ok(())
     }
@@ -372,7 +365,7 @@ impl<T: Transport, C: Compute> Worker<T, C> {
                 }
                 match self.transport.try_receive(previous, Kind::Frame)? {
                     Some(bytes) => break bytes,
-                    None => patience.pause()?,
+                    None => patience.pause(&mut self.transport)?,
                 }
             };
             self.counters.wait += waiting.elapsed();
@@ -416,10 +409,12 @@ impl<T: Transport, C: Compute> Worker<T, C> {
         );
         let started = Instant::now();
         let compute = &mut self.compute;
-        let output = self
-            .transport
-            .overlap(|| compute.run(&step, payload))
-            .with_context(|| format!("computing step {}", step.number))?;
+        // A single row that is alone on its way meets no other message.
+        let output = match step.in_flight > 1 || step.row_count() > 1 {
+            true => self.transport.overlap(|| compute.run(&step, payload)),
+            false => compute.run(&step, payload),
+        };
+        let output = output.with_context(|| format!("computing step {}", step.number))?;
         self.record(Part::Compute, &step, started);
         match output {
             Output::Hidden(rows) => {

@@ -11,6 +11,7 @@ use crate::request::{
 };
 use crate::schedule::Prompt;
 use crate::sequence::{Admitted, Rules, Sequence};
+use crate::wait::Rest;
 use crate::wire::SampledToken;
 use anyhow::{Context, Result, bail};
 use std::collections::HashMap;
@@ -145,6 +146,8 @@ impl<'r, W: Write> Prompts<'r, W> {
         Ok(())
     }
 }
+
+impl<W: Write> Rest for Prompts<'_, W> {}
 
 impl<W: Write> Feed for Prompts<'_, W> {
     fn next(&mut self) -> Result<Next> {

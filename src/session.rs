@@ -402,15 +402,15 @@ fn loaded(
 fn core_share(options: &RunOptions, cluster: &Cluster, rank: usize) -> CoreShare {
     let host = cluster.ranks[rank].host();
     let on_host = cluster.ranks.iter().filter(|place| place.host() == host);
-    match options.model.threads {
-        Some(threads) => CoreShare {
-            cores: threads,
-            ranks: 1,
-        },
-        None => CoreShare {
-            cores: cores::usable(),
-            ranks: on_host.count(),
-        },
+    let on_host = on_host.count();
+    let (cores, ranks) = match options.model.threads {
+        Some(threads) => (threads, 1),
+        None => (cores::usable(), on_host),
+    };
+    CoreShare {
+        cores,
+        ranks,
+        is_shared: on_host > 1,
     }
 }
 

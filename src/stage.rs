@@ -67,6 +67,8 @@ pub struct CoreShare {
     pub cores: usize,
     /// Ranks that share them, while as many steps are on their way.
     pub ranks: usize,
+    /// The host has other ranks, which want to compute as soon as this one is done.
+    pub is_shared: bool,
 }
 
 impl CoreShare {
@@ -267,6 +269,10 @@ impl Compute for Stage {
             Outlet::Head => Leaving::Scores(&wanted),
         };
         let left = self.engine.run(entering, &parts, leaving);
+        if self.core_share.is_some_and(|share| share.is_shared) {
+            // The others sleep at once, instead of looking for more work on cores that the next rank needs.
+            self.engine.use_threads(1);
+        }
         match left.with_context(|| format!("step {}", step.number))? {
             Left::Hidden(rows) => Ok(Output::Hidden(rows)),
             Left::Scores(scores) => {

@@ -7,8 +7,9 @@
 //! the order of the steps: every rank calls [`Transport::expect_shared`] for the same steps in the same order, which is
 //! what MPI asks of collectives.
 
+use crate::bell::Bell;
 use crate::meanwhile::Meanwhile;
-use crate::wait;
+use crate::wait::{self, Asleep, Rest};
 use anyhow::{Result, bail, ensure};
 use mpi::collective::{CommunicatorCollectives, Root};
 use mpi::datatype::Equivalence;
@@ -49,14 +50,14 @@ impl Kind {
 }
 
 /// What the pipeline needs of the ranks' connection.
-pub trait Transport {
+pub trait Transport: Rest {
     /// This rank, from 0.
     fn rank(&self) -> usize;
 
     /// Ranks in the run.
     fn size(&self) -> usize;
 
-    /// Starts sending bytes to another rank; returns at once. Those of one kind arrive in this order.
+    /// Starts sending bytes to another rank, and rings its bell; returns at once. Those of one kind arrive in this order.
     fn send(&mut self, to: usize, kind: Kind, bytes: Vec<u8>) -> Result<()>;
 
     /// The next bytes of this kind from that rank, if they have come.
@@ -115,6 +116,7 @@ pub struct MpiTransport {
     // Declared first, dropped first: the thread must be gone before the requests are, and these before MPI is.
     meanwhile: Option<Meanwhile>,
     messages: Arc<Mutex<Messages>>,
+    bell: Option<Bell>,
     rank: usize,
     size: usize,
     _universe: Universe,
@@ -184,6 +186,8 @@ impl MpiTransport {
         Ok(Self {
             meanwhile,
             messages,
+            // A rank that has none looks more often.
+            bell: (size > 1).then(|| Bell::hang().ok()).flatten(),
             rank,
             size,
             _universe: universe,
@@ -212,6 +216,25 @@ impl MpiTransport {
     fn messages(&self) -> MutexGuard<'_, Messages> {
         lock(&self.messages)
     }
+
+    /// The port of this rank's bell, for the ranks of its host.
+    pub fn bell_port(&self) -> Option<u16> {
+        self.bell.as_ref()?.port().ok()
+    }
+
+    /// Takes up the ports of all ranks' bells; of other hosts' none.
+    pub fn meet_neighbours(&mut self, mut ports: Vec<Option<u16>>) {
+        ports[self.rank] = None;
+        if let Some(bell) = &mut self.bell {
+            bell.meet(ports);
+        }
+    }
+
+    fn ring(&self, rank: usize) {
+        if let Some(bell) = &self.bell {
+            bell.ring(rank);
+        }
+    }
 }
 
 /// A thread that panicked has ended the process.
@@ -223,6 +246,12 @@ impl Messages {
     /// Drops the requests that have completed.
     fn reap(&mut self) {
         self.sending.retain_mut(|request| !request.is_complete());
+    }
+
+    /// No message is on its way that needs calls of this rank to move.
+    fn is_at_rest(&self) -> bool {
+        let mut receiving = self.receiving.values();
+        self.sending.is_empty() && receiving.all(|kind| kind.pending.is_none())
     }
 
     /// Receives what has come of the kinds that were asked for before, and drives MPI on.
@@ -270,6 +299,29 @@ impl Messages {
         self.sharing.push_back(OwnedRequest::start(bytes, |buffer| {
             root.immediate_broadcast_into(StaticScope, buffer)
         }));
+    }
+}
+
+impl<T: Rest> Rest for &mut T {
+    fn rest(&mut self, pause: Duration) -> bool {
+        (**self).rest(pause)
+    }
+
+    fn is_rung(&self) -> bool {
+        (**self).is_rung()
+    }
+}
+
+impl Rest for MpiTransport {
+    fn rest(&mut self, pause: Duration) -> bool {
+        match &mut self.bell {
+            Some(bell) => bell.sleep(pause),
+            None => Asleep.rest(pause),
+        }
+    }
+
+    fn is_rung(&self) -> bool {
+        self.bell.as_ref().is_some_and(Bell::hears_all) && self.messages().is_at_rest()
     }
 }
 
@@ -333,6 +385,8 @@ impl Transport for MpiTransport {
             destination.immediate_send_with_tag(StaticScope, &*buffer, kind.tag())
         });
         messages.sending.push_back(request);
+        drop(messages);
+        self.ring(to);
         Ok(())
     }
 
@@ -345,6 +399,8 @@ impl Transport for MpiTransport {
     fn share(&mut self, bytes: Vec<u8>) -> Result<()> {
         check_length(bytes.len())?;
         self.messages().share(bytes);
+        // Nobody else waits for them.
+        self.ring(0);
         Ok(())
     }
 

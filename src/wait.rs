@@ -1,7 +1,8 @@
 //! Waiting that burns no core. MPI's blocking calls spin at full load; on a machine that shares its
 //! cores, or its power, between ranks this slows the ones that compute. So nothing here blocks inside
 //! MPI: a condition is polled, at first at once, then after yielding (for longer where cores are many), then after pauses
-//! that are a small part of the time waited so far, so that what is noticed late is late by little.
+//! that are a small part of the time waited so far, so that what is noticed late is late by little. Between ranks of one
+//! host a bell ends a pause ([`crate::bell`]); where all are of one host, pauses are long.
 
 use crate::log::tell;
 use anyhow::{Result, bail};
@@ -24,6 +25,15 @@ const SHORTEST_PAUSE: Duration = Duration::from_micros(10);
 const LONGEST_PAUSE: Duration = Duration::from_micros(200);
 /// The pause once nothing has happened for [`IDLE_AFTER`].
 const IDLE_PAUSE: Duration = Duration::from_millis(4);
+/// The same where everything that is waited for rings a bell: there is nothing to see before it rings. Since one that is
+/// not heard must not be waited for, and MPI wants to be called, pauses end all the same.
+const POLLS_UNRUNG: u32 = 2;
+const SHORTEST_PAUSE_UNRUNG: Duration = Duration::from_millis(1);
+const LONGEST_PAUSE_UNRUNG: Duration = Duration::from_millis(2);
+const IDLE_PAUSE_UNRUNG: Duration = Duration::from_millis(20);
+/// Once it has rung, what was sent is there, or in a moment.
+const POLLS_RUNG: u32 = 8;
+const PAUSE_PART_WITH_BELL: u32 = 4;
 /// When a wait counts as idle.
 const IDLE_AFTER: Duration = Duration::from_millis(500);
 
@@ -169,11 +179,35 @@ pub fn check_signals() -> Result<(), Interrupted> {
     }
 }
 
+/// Where pauses are spent.
+pub trait Rest {
+    /// Sleeps for a pause, or until there may be something to see; whether there may.
+    fn rest(&mut self, pause: Duration) -> bool {
+        thread::sleep(pause);
+        false
+    }
+
+    /// Whether everything that is waited for ends a rest.
+    fn is_rung(&self) -> bool {
+        false
+    }
+}
+
+/// Pauses that last.
+#[derive(Debug)]
+pub struct Asleep;
+
+impl Rest for Asleep {}
+
 /// Grows the pauses of one wait.
 #[derive(Debug)]
 pub struct Patience {
+    /// Since the wait began, or something may have been to see.
     polls: u32,
+    looking_since: Instant,
     since: Instant,
+    /// There may have been something to see since the wait began.
+    has_rung: bool,
     /// The next pause is left out.
     looks_again: bool,
 }
@@ -181,9 +215,12 @@ pub struct Patience {
 impl Patience {
     /// A wait that begins now.
     pub fn new() -> Self {
+        let now = Instant::now();
         Self {
             polls: 0,
-            since: Instant::now(),
+            looking_since: now,
+            since: now,
+            has_rung: false,
             looks_again: false,
         }
     }
@@ -202,23 +239,16 @@ impl Patience {
     ///
     /// # Errors
     /// [`Interrupted`] once a signal came.
-    pub fn pause(&mut self) -> Result<(), Interrupted> {
-        self.pause_by(thread::sleep)
-    }
-
-    /// As [`Self::pause`]; long pauses are made by `sleep`, which may return early.
-    ///
-    /// # Errors
-    /// [`Interrupted`] once a signal came.
-    pub fn pause_by(&mut self, sleep: impl FnOnce(Duration)) -> Result<(), Interrupted> {
+    pub fn pause(&mut self, place: &mut impl Rest) -> Result<(), Interrupted> {
         let is_idle = self.elapsed() > IDLE_AFTER;
         // Open MPI looks among what has arrived before it takes in what has come since. So the first look after a long
         // pause sees nothing yet, and the second must not be another pause away.
         self.looks_again = is_idle && !self.looks_again;
         match (is_idle, self.looks_again) {
             (true, true) => check_signals(),
-            (true, false) => self.pause_up_to(IDLE_PAUSE, sleep),
-            (false, _) => self.pause_up_to(LONGEST_PAUSE, sleep),
+            (true, false) if place.is_rung() => self.pause_up_to(IDLE_PAUSE_UNRUNG, place),
+            (true, false) => self.pause_up_to(IDLE_PAUSE, place),
+            (false, _) => self.pause_for_answer(place),
         }
     }
 
@@ -226,35 +256,33 @@ impl Patience {
     ///
     /// # Errors
     /// [`Interrupted`] once a signal came.
-    pub fn pause_for_answer(&mut self) -> Result<(), Interrupted> {
-        self.pause_up_to(LONGEST_PAUSE, thread::sleep)
+    pub fn pause_for_answer(&mut self, place: &mut impl Rest) -> Result<(), Interrupted> {
+        match place.is_rung() {
+            true => self.pause_up_to(LONGEST_PAUSE_UNRUNG, place),
+            false => self.pause_up_to(LONGEST_PAUSE, place),
+        }
     }
 
-    fn pause_up_to(
-        &mut self,
-        longest: Duration,
-        sleep: impl FnOnce(Duration),
-    ) -> Result<(), Interrupted> {
+    fn pause_up_to(&mut self, longest: Duration, place: &mut impl Rest) -> Result<(), Interrupted> {
         self.polls = self.polls.saturating_add(1);
         check_signals()?;
-        if self.polls < EAGER_POLLS {
+        let (eager_polls, yields, part, shortest) = match (place.is_rung(), self.has_rung) {
+            (false, _) => (EAGER_POLLS, EAGER_POLLS, PAUSE_PART, SHORTEST_PAUSE),
+            (true, false) => (POLLS_UNRUNG, 0, PAUSE_PART_WITH_BELL, SHORTEST_PAUSE_UNRUNG),
+            (true, true) => (POLLS_RUNG, 0, PAUSE_PART_WITH_BELL, SHORTEST_PAUSE),
+        };
+        let looking = self.looking_since.elapsed();
+        let only_looks = looks_often() && looking < NO_PAUSE_WITH_CORES;
+        if self.polls < eager_polls {
             std::hint::spin_loop();
-            return Ok(());
-        }
-        let elapsed = self.elapsed();
-        let only_looks = looks_often() && elapsed < NO_PAUSE_WITH_CORES;
-        if self.polls < 2 * EAGER_POLLS || only_looks {
+        } else if self.polls < eager_polls + yields || only_looks {
             thread::yield_now();
-        } else {
-            sleep(pause_after(elapsed, longest));
+        } else if place.rest((looking / part).clamp(shortest, longest)) {
+            (self.polls, self.looking_since) = (0, Instant::now());
+            self.has_rung = true;
         }
         Ok(())
     }
-}
-
-/// The pause of a wait that has taken so long.
-fn pause_after(waited: Duration, longest: Duration) -> Duration {
-    (waited / PAUSE_PART).clamp(SHORTEST_PAUSE, longest)
 }
 
 impl Default for Patience {
@@ -283,7 +311,7 @@ pub fn until<T>(
                 patience.elapsed().as_secs_f64()
             );
         }
-        patience.pause()?;
+        patience.pause(&mut Asleep)?;
     }
 }
 
@@ -307,28 +335,77 @@ mod tests {
         assert!(waited.unwrap_err().to_string().contains("the moon"));
     }
 
-    #[test]
-    fn who_is_idle_looks_twice_between_pauses() {
+    /// Notes the pauses, and rings when it is told to.
+    struct Noted {
+        pauses: Vec<Option<Duration>>,
+        is_rung: bool,
+        rings_after: usize,
+    }
+
+    impl Rest for Noted {
+        fn rest(&mut self, pause: Duration) -> bool {
+            *self.pauses.last_mut().unwrap() = Some(pause);
+            self.pauses.iter().flatten().count() == self.rings_after
+        }
+
+        fn is_rung(&self) -> bool {
+            self.is_rung
+        }
+    }
+
+    /// The pauses of somebody who has waited for so long already; `None` where there is none.
+    fn pauses(waited: Duration, is_rung: bool, rings_after: usize) -> Vec<Option<Duration>> {
+        let since = Instant::now().checked_sub(waited).unwrap();
         let mut patience = Patience {
             polls: 1000,
-            since: Instant::now().checked_sub(2 * IDLE_AFTER).unwrap(),
+            looking_since: since,
+            since,
+            has_rung: false,
             looks_again: false,
         };
-        let mut pauses = Vec::new();
-        for _ in 0..6 {
-            pauses.push(None);
-            let pause = |length| *pauses.last_mut().unwrap() = Some(length);
-            patience.pause_by(pause).unwrap();
+        let mut noted = Noted {
+            pauses: Vec::new(),
+            is_rung,
+            rings_after,
+        };
+        for _ in 0..16 {
+            noted.pauses.push(None);
+            patience.pause(&mut noted).unwrap();
         }
-        assert_eq!(pauses, [None, Some(IDLE_PAUSE)].repeat(3));
+        noted.pauses
+    }
+
+    #[test]
+    fn who_is_idle_looks_twice_between_pauses() {
+        let idle = 2 * IDLE_AFTER;
+        assert_eq!(pauses(idle, false, 0), [None, Some(IDLE_PAUSE)].repeat(8));
+        assert_eq!(
+            pauses(idle, true, 0),
+            [None, Some(IDLE_PAUSE_UNRUNG)].repeat(8)
+        );
     }
 
     #[test]
     fn pauses_grow_to_their_bound_and_no_further() {
-        let after = |us, longest| pause_after(Duration::from_micros(us), longest);
-        assert_eq!(after(0, LONGEST_PAUSE), SHORTEST_PAUSE);
-        assert_eq!(after(3200, LONGEST_PAUSE), Duration::from_micros(100));
-        assert_eq!(after(1_000_000, LONGEST_PAUSE), LONGEST_PAUSE);
-        assert_eq!(after(1_000_000, IDLE_PAUSE), IDLE_PAUSE);
+        let first = |waited, is_rung| pauses(waited, is_rung, 0)[0].unwrap();
+        let waited = Duration::from_micros(3200);
+        assert_eq!(first(Duration::ZERO, false), SHORTEST_PAUSE);
+        assert!((waited / PAUSE_PART..LONGEST_PAUSE).contains(&first(waited, false)));
+        assert!(
+            (waited / PAUSE_PART_WITH_BELL..LONGEST_PAUSE_UNRUNG).contains(&first(waited, true))
+        );
+        assert_eq!(first(IDLE_AFTER / 2, false), LONGEST_PAUSE);
+        assert_eq!(first(IDLE_AFTER / 2, true), LONGEST_PAUSE_UNRUNG);
+    }
+
+    #[test]
+    fn who_is_rung_looks_at_once_and_rests_briefly_again() {
+        let pauses = pauses(IDLE_AFTER / 2, true, 2);
+        let long = Some(LONGEST_PAUSE_UNRUNG);
+        assert_eq!(pauses[..2], [long, long]);
+        let looks = pauses[2..].iter().take_while(|pause| pause.is_none());
+        let looks = looks.count();
+        assert!(looks >= 2, "{pauses:?}");
+        assert!(pauses[2 + looks].unwrap() < LONGEST_PAUSE_UNRUNG / 2);
     }
 }

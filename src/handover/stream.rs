@@ -6,7 +6,7 @@
 use crate::checkpoint::{Checkpoint, Tensor};
 use crate::parcel::{self, CHUNK_BYTES, Parcel};
 use crate::transport::{Kind, Transport};
-use crate::wait::{self, Patience};
+use crate::wait::{self, Asleep, Patience};
 use anyhow::{Context, Result, bail, ensure};
 use std::collections::VecDeque;
 use std::time::Duration;
@@ -173,7 +173,8 @@ pub(super) fn send_all(transport: &mut impl Transport, mut all: Vec<Outgoing>) -
                 STALL_LIMIT.as_secs()
             );
         }
-        patience.pause_for_answer()?;
+        // That a message has left rings no bell.
+        patience.pause_for_answer(&mut Asleep)?;
     }
 }
 

@@ -5,6 +5,7 @@ use super::stream::IN_FLIGHT;
 use super::*;
 use crate::parcel::{CHUNK_BYTES, HEAD_BYTES, Parcel};
 use crate::transport::Kind;
+use crate::wait::Rest;
 use anyhow::bail;
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex};
@@ -30,6 +31,8 @@ fn local_ranks(size: usize) -> Vec<Local> {
         })
         .collect()
 }
+
+impl Rest for Local {}
 
 impl Transport for Local {
     fn rank(&self) -> usize {

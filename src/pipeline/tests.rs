@@ -71,6 +71,8 @@ impl LocalTransport {
     }
 }
 
+impl Rest for LocalTransport {}
+
 impl Transport for LocalTransport {
     fn rank(&self) -> usize {
         self.rank
@@ -262,6 +264,8 @@ impl List {
         }
     }
 }
+
+impl Rest for List {}
 
 impl Feed for List {
     fn next(&mut self) -> Result<Next> {

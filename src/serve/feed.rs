@@ -9,7 +9,7 @@ use crate::report::{Measured, RequestMeasured};
 use crate::request::{FinishReason, Tally};
 use crate::schedule::Prompt;
 use crate::sequence::Sequence;
-use crate::wait;
+use crate::wait::{self, Rest};
 use crate::wire::SampledToken;
 use anyhow::{Context, Result};
 use std::collections::{HashMap, VecDeque};
@@ -135,6 +135,17 @@ fn tell(events: &mpsc::Sender<Event>, choice: usize, news: News) {
     let _ = events.try_send(Event { choice, news });
 }
 
+impl Rest for HttpFeed {
+    fn rest(&mut self, pause: Duration) -> bool {
+        self.shared.status.rest();
+        // Without senders there would be no waiting; one of them lives in the shared state.
+        let arrived = self.jobs.recv_timeout(pause).ok();
+        let has_arrived = arrived.is_some();
+        self.arrived.extend(arrived);
+        has_arrived
+    }
+}
+
 impl Feed for HttpFeed {
     fn next(&mut self) -> Result<Next> {
         self.arrived.extend(self.jobs.try_iter());
@@ -217,12 +228,6 @@ impl Feed for HttpFeed {
 
     fn runs(&mut self, sequences: usize, prompt_tokens: u64) {
         self.shared.status.run(sequences, prompt_tokens);
-    }
-
-    fn rest(&mut self, pause: Duration) {
-        self.shared.status.rest();
-        // Without senders there would be no waiting; one of them lives in the shared state.
-        self.arrived.extend(self.jobs.recv_timeout(pause));
     }
 
     fn is_watched(&self) -> bool {
