@@ -378,6 +378,8 @@ impl Transport for MpiTransport {
 
     fn send(&mut self, to: usize, kind: Kind, bytes: Vec<u8>) -> Result<()> {
         check_length(bytes.len())?;
+        // Who waits wakes while the message is made ready, and looks for it for a while.
+        self.ring(to);
         let mut messages = self.messages();
         messages.reap();
         let destination = messages.world.process_at_rank(messages.mpi_rank(to)?);
@@ -385,8 +387,6 @@ impl Transport for MpiTransport {
             destination.immediate_send_with_tag(StaticScope, &*buffer, kind.tag())
         });
         messages.sending.push_back(request);
-        drop(messages);
-        self.ring(to);
         Ok(())
     }
 
@@ -398,9 +398,9 @@ impl Transport for MpiTransport {
 
     fn share(&mut self, bytes: Vec<u8>) -> Result<()> {
         check_length(bytes.len())?;
-        self.messages().share(bytes);
         // Nobody else waits for them.
         self.ring(0);
+        self.messages().share(bytes);
         Ok(())
     }
 
