@@ -14,9 +14,9 @@ use crate::plan::{Costs, DeviceCost, LinkCost, LinkCosts, ModelShape, StepCost, 
 use crate::sampler::Sampler;
 use crate::stage::{self, Output, Stage};
 use crate::transport::{Kind, Transport};
-use crate::wait;
+use crate::wait::{self, Patience};
 use crate::wire::{Entry, SampleParams, Step};
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, bail, ensure};
 use std::time::{Duration, Instant};
 use tracing::info;
 
@@ -515,10 +515,19 @@ fn answer_probes(transport: &mut impl Transport, from: usize, row_bytes: usize) 
 }
 
 fn receive(transport: &mut impl Transport, from: usize) -> Result<Vec<u8>> {
-    let what = format!("rank {from}");
-    let bytes = wait::until(&what, Some(LINK_LIMIT), || {
-        transport.try_receive(from, Kind::Setup)
-    })?;
+    // As ranks wait for steps: how soon they notice is a part of what is measured.
+    let mut patience = Patience::new();
+    let bytes = loop {
+        if let Some(bytes) = transport.try_receive(from, Kind::Setup)? {
+            break bytes;
+        }
+        ensure!(
+            patience.elapsed() < LINK_LIMIT,
+            "waited {} s for rank {from}",
+            LINK_LIMIT.as_secs()
+        );
+        patience.pause_for_answer(transport)?;
+    };
     if bytes.len() > LONG_BYTES[1] {
         bail!("rank {from} sent {} bytes as a probe", bytes.len());
     }
