@@ -7,6 +7,7 @@ use crate::schedule::{self, Forks, Limits, PromptRows};
 use crate::wire::{SampleParams, Upkeep};
 use proptest::prelude::*;
 use std::sync::{Arc, Mutex};
+use std::thread;
 use std::time::Duration;
 
 /// Longest that a test waits for anything; a loop that is stuck fails by it.
@@ -32,6 +33,18 @@ struct LocalTransport {
     sent: usize,
     /// Lengths announced and not yet received, oldest first.
     expected: VecDeque<usize>,
+    bells: Bells,
+}
+
+/// What becomes of the rings between ranks.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Bells {
+    /// There are no bells.
+    None,
+    /// They are counted on, and every ring is lost.
+    Lost,
+    /// It rings all the time, whether there is something or not.
+    Forged,
 }
 
 /// Ranks connected with each other, each with the delays of what it sends.
@@ -46,6 +59,7 @@ fn local_ranks(size: usize, delays: &[Duration]) -> Vec<LocalTransport> {
             // Not all ranks begin with the same delay.
             sent: rank,
             expected: VecDeque::new(),
+            bells: Bells::None,
         })
         .collect()
 }
@@ -71,7 +85,20 @@ impl LocalTransport {
     }
 }
 
-impl Rest for LocalTransport {}
+impl Rest for LocalTransport {
+    fn rest(&mut self, pause: Duration) -> bool {
+        let is_forged = self.bells == Bells::Forged;
+        thread::sleep(match is_forged {
+            true => pause.min(Duration::from_micros(10)),
+            false => pause,
+        });
+        is_forged
+    }
+
+    fn is_rung(&self) -> bool {
+        self.bells != Bells::None
+    }
+}
 
 impl Transport for LocalTransport {
     fn rank(&self) -> usize {
@@ -144,9 +171,9 @@ const LATE: Duration = Duration::from_micros(300);
 /// Lets time pass precisely, without taking a core for long.
 fn pass(time: Duration) {
     let began = Instant::now();
-    std::thread::sleep(time.saturating_sub(LATE));
+    thread::sleep(time.saturating_sub(LATE));
     while began.elapsed() < time {
-        std::thread::yield_now();
+        thread::yield_now();
     }
 }
 
@@ -335,6 +362,7 @@ struct Setup {
     /// How long each message takes.
     message_us: Vec<u64>,
     hesitation: usize,
+    bells: Bells,
 }
 
 impl Setup {
@@ -353,6 +381,7 @@ impl Setup {
             compute_us: vec![0],
             message_us: vec![0],
             hesitation: 0,
+            bells: Bells::None,
         }
     }
 }
@@ -378,7 +407,11 @@ fn generate_with_cancels(
         .iter()
         .map(|&us| Duration::from_micros(us))
         .collect();
-    let mut transports = local_ranks(ranks, &delays).into_iter();
+    let with_bells = |transport| LocalTransport {
+        bells: setup.bells,
+        ..transport
+    };
+    let mut transports = local_ranks(ranks, &delays).into_iter().map(with_bells);
     let stage = |rank: usize| Sums {
         looks_up: rank == 0 && rows == Rows::Local,
         is_last: rank + 1 == ranks,
@@ -390,7 +423,7 @@ fn generate_with_cancels(
         .map(|transport| {
             let stage = stage(transport.rank);
             let mut worker = Worker::new(transport, stage, rows);
-            std::thread::spawn(move || worker.follow())
+            thread::spawn(move || worker.follow())
         })
         .collect();
     let mut list = List::new(prompts, setup.hesitation);
@@ -423,6 +456,7 @@ fn setups() -> impl Strategy<Value = Setup> {
             compute_us,
             message_us,
             hesitation,
+            bells: Bells::None,
         })
 }
 
@@ -475,6 +509,23 @@ proptest! {
                 false => prop_assert_eq!(&list.answers[key], &expected),
             }
         }
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(100))]
+
+    #[test]
+    fn rings_that_are_lost_or_forged_change_no_answer_and_hold_up_no_end(
+        prompts in prompts(),
+        setup in setups(),
+        bells in prop::sample::select(vec![Bells::Lost, Bells::Forged]),
+    ) {
+        let setup = Setup { bells, ..setup };
+        let ranks = setup.limits.ranks as u64;
+        let expected: Vec<Vec<u32>> =
+            prompts.iter().map(|(prompt, count)| expected(prompt, *count, ranks)).collect();
+        prop_assert_eq!(generate(&prompts, &setup).answers, expected);
     }
 }
 
