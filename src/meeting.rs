@@ -76,7 +76,7 @@ struct Introduction {
 }
 
 /// Chooses what this rank computes with, and what it says of itself.
-fn introduce(options: &RunOptions, rank: usize) -> Result<(Kernels, Introduction)> {
+fn introduce(options: &RunOptions, transport: &MpiTransport) -> Result<(Kernels, Introduction)> {
     let (usable, seat) = (cores::usable(), launcher::seat());
     let threads = options.model.threads.unwrap_or(usable);
     let ModelOptions {
@@ -84,14 +84,14 @@ fn introduce(options: &RunOptions, rank: usize) -> Result<(Kernels, Introduction
     } = options.model;
     let computer = stage::computer(device.into(), kernels.into(), threads, seat);
     let computer = computer.map_err(Usage::of)?;
-    let introduction = Introduction::of(options, rank, &computer)?;
+    let introduction = Introduction::of(options, transport, &computer)?;
     Ok((computer.kernels, introduction))
 }
 
 impl Introduction {
-    fn of(options: &RunOptions, rank: usize, computer: &Computer) -> Result<Self> {
+    fn of(options: &RunOptions, transport: &MpiTransport, computer: &Computer) -> Result<Self> {
         let mut cluster_file = None;
-        if rank == 0 {
+        if transport.rank() == 0 {
             if let Some(path) = &options.model.cluster {
                 let text = ClusterFile::read_text(path).map_err(Usage::of)?;
                 cluster_file = Some((path.clone(), text));
@@ -117,7 +117,7 @@ impl Introduction {
                 has_own_caches: matches!(computer.kernels, Kernels::Own(_) | Kernels::Cuda(_)),
             },
             options: options.shared_options(),
-            bell_port: None,
+            bell_port: transport.bell_port(),
             cluster_file,
             model: options.model.model.clone(),
             model_of_environment: cli::model_of_environment(),
@@ -138,11 +138,8 @@ impl Cluster {
     /// # Errors
     /// A rank that does not come, or ranks of different versions or options; a bad cluster file, or no model.
     pub fn meet(options: &RunOptions, transport: &mut MpiTransport) -> Result<Self, Failure> {
-        let (kernels, local) = match introduce(options, transport.rank()) {
-            Ok((kernels, mut local)) => {
-                local.bell_port = transport.bell_port();
-                (Some(kernels), Ok(local))
-            }
+        let (kernels, local) = match introduce(options, transport) {
+            Ok((kernels, local)) => (Some(kernels), Ok(local)),
             Err(error) => (None, Err(error)),
         };
         let all = agree::gather(transport, local, Some(MEETING_LIMIT))?;
